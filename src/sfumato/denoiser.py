@@ -1,0 +1,143 @@
+"""Denoisers: E[x0 | x_t], the one thing that samplers, guidance and objectives share.
+
+A network, the path it was trained on, and what it predicts make a `Denoiser`. How the network is told the time, and
+how its input is scaled, belong to the network's history and so are two functions here. By Tweedie's formula
+E[x0 | x_t] carries everything: the score is (alpha x0 - x_t) / sigma^2, the noise (x_t - alpha x0) / sigma.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.errors import ConfigError
+from sfumato.paths import Path, Tabulated, along, log_snr
+from sfumato.predictions import Prediction
+
+Cond = Mapping[str, Tensor]  # the network's keyword arguments; every tensor has the batch first
+OfTime = Callable[[Path, Tensor], Tensor]
+
+
+class Denoise(Protocol):
+    """All that a sampler's driver needs: x0-hat(x_t, t), and the path x_t is on."""
+
+    @property
+    def path(self) -> Path: ...
+
+    def __call__(self, x_t: Tensor, t: float | Tensor, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A `Denoise` made of a function: a model with its condition filled in, or an exact solution in a test."""
+
+    path: Path
+    fn: Callable[[Tensor, float | Tensor], Tensor]
+
+    def __call__(self, x_t: Tensor, t: float | Tensor, /) -> Tensor:
+        return self.fn(x_t, t)
+
+
+class Denoiser(nn.Module):
+    """A network, the path it learns on, and what it predicts.
+
+    time_input: what the network is given for t (B,), see `TIME_INPUTS`. scale_input: a factor on x_t, see
+    `SCALE_INPUTS`. Inputs are (B, ...); times are a float, () or (B,), in [0, 1].
+    """
+
+    answers = ("x0",)  # what this model can be asked for: the posterior mean
+
+    def __init__(
+        self,
+        net: nn.Module,
+        path: Path,
+        prediction: Prediction,
+        time_input: OfTime | None = None,
+        scale_input: OfTime | None = None,
+    ) -> None:
+        super().__init__()
+        self.net, self.path, self.prediction = net, path, prediction
+        self.time_input, self.scale_input = time_input or as_time, scale_input
+
+    def predict(self, x_t: Tensor, t: float | Tensor, cond: Cond | None = None) -> Tensor:
+        """The network's own output, in at least float32: what objectives compare with `prediction.target`."""
+        t = times_like(t, x_t)
+        if self.scale_input is not None:
+            x_t = self.scale_input(self.path, along(t, x_t)) * x_t
+        y: Tensor = self.net(x_t, self.time_input(self.path, t), **(cond or {}))
+        return y.to(t.dtype)
+
+    def forward(self, x_t: Tensor, t: float | Tensor, cond: Cond | None = None) -> Tensor:
+        """E[x0 | x_t]: (B, ...)."""
+        return self.prediction.x0(self.path, self.predict(x_t, t, cond), x_t, times_like(t, x_t))
+
+
+def times_like(t: float | Tensor, x: Tensor) -> Tensor:
+    """One time a sample, (B,), in at least float32. Filling with a float does not wait for the device; copying does."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if isinstance(t, Tensor) and (t.ndim or t.device.type != "cpu"):
+        return t.to(x.device, dtype).expand(len(x))
+    return x.new_full((len(x),), float(t), dtype=dtype)
+
+
+def as_time(path: Path, t: Tensor) -> Tensor:
+    """t itself, in [0, 1] (SiT)."""
+    return t
+
+
+def as_thousandths(path: Path, t: Tensor) -> Tensor:
+    """1000 t (SD3, FLUX): sinusoidal embeddings were made for integers."""
+    return 1000 * t
+
+
+def as_index(path: Path, t: Tensor) -> Tensor:
+    """The index in a table of betas, fractional between two (DDPM, Stable Diffusion, DiT)."""
+    if not isinstance(path, Tabulated):
+        raise ConfigError("only a table of betas has indices", where="model.time_input", seen=f"path {path}", fix="model.time_input=thousandths")
+    return path.index(t)
+
+
+def as_log_level(path: Path, t: Tensor) -> Tensor:
+    """ln(sigma / alpha) / 4 (EDM's c_noise)."""
+    return -log_snr(path, t) / 8
+
+
+def unit_variance(sigma_data: float = 0.5) -> OfTime:
+    """EDM's c_in on any path: 1 / sqrt(alpha^2 sigma_data^2 + sigma^2)."""
+    return lambda path, t: torch.rsqrt((sigma_data * path.alpha(t)) ** 2 + path.sigma(t) ** 2)
+
+
+def on_path(denoise: Denoise, new: Path) -> Bound:
+    """The same denoiser spoken to in another path's coordinates: equal log_snr, rescaled x. Needs alpha > 0."""
+
+    def fn(x: Tensor, s: float | Tensor) -> Tensor:
+        s = torch.as_tensor(s, dtype=torch.float64 if isinstance(s, float) else None)
+        t = denoise.path.time(log_snr(new, s))
+        ratio = denoise.path.alpha(along(t, x)) / new.alpha(along(s, x))
+        return denoise(x * ratio.to(x), t if t.ndim else float(t))
+
+    return Bound(new, fn)
+
+
+def joined(conds: Sequence[Cond]) -> Cond:
+    """Several conditions as one batch. Contexts of unequal length are padded with zeros, their masks with False."""
+    keys = conds[0].keys()
+    if any(cond.keys() != keys for cond in conds):
+        names = " and ".join(sorted({"{" + ", ".join(sorted(cond)) + "}" for cond in conds}))
+        raise ConfigError("conditions of different kinds cannot share a batch", where="cond", seen=names)
+    return {key: _stacked([cond[key] for cond in conds]) for key in keys}
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    if parts[0].ndim < 2 or len({part.shape[1] for part in parts}) == 1:
+        return torch.cat(list(parts))
+    longest = max(part.shape[1] for part in parts)
+    return torch.cat([_padded(part, longest) for part in parts])
+
+
+def _padded(part: Tensor, length: int) -> Tensor:
+    missing = part.new_zeros(len(part), length - part.shape[1], *part.shape[2:])
+    return torch.cat([part, missing], 1)
+

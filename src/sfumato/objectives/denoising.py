@@ -1,0 +1,66 @@
+"""DDPM, v-prediction, EDM, flow matching, rectified flow, min-SNR: one objective, three choices.
+
+Draw a time from a density, noise the data, compare what the network says with what a perfect one would. The square
+error is averaged over each sample and weighted. A weight is stated for the error of one prediction (the paper's);
+because at fixed x_t the errors of two predictions differ by a known gain, it applies to every network alike.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Generator, Tensor
+
+from sfumato.denoiser import Cond, Denoiser
+from sfumato.objectives.weights import Flat, Weight
+from sfumato.paths import log_snr, noised
+from sfumato.predictions import Prediction
+from sfumato.times import Density, Uniform, log_snr_rate
+
+
+class Loss(NamedTuple):
+    """value (): what is minimised. each (B,): the unweighted errors, detached, for the loss by noise level. t (B,)."""
+
+    value: Tensor
+    each: Tensor
+    t: Tensor
+
+
+class Objective(Protocol):
+    """A frozen choice of how to train."""
+
+    def __call__(self, model: Denoiser, x0: Tensor, cond: Cond | None = None, rng: Generator | None = None) -> Loss: ...
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """A weighted square error of the network's answer.
+
+    times: where in time to look. weight: how much each noise level counts, see `sfumato.objectives.weights`.
+    space: the prediction whose error is weighed: by default the one that the weight is stated for, else the network's.
+    """
+
+    times: Density = Uniform()
+    weight: Weight = Flat()
+    space: Prediction | None = None
+
+    def __call__(self, model: Denoiser, x0: Tensor, cond: Cond | None = None, rng: Generator | None = None) -> Loss:
+        """x0: (B, ...). Times and noise come from `rng` on the CPU, so they do not depend on the device."""
+        t = self.times(len(x0), model.path, rng).to(x0.device, torch.promote_types(x0.dtype, torch.float32))
+        eps = torch.randn(x0.shape, generator=rng, dtype=x0.dtype).to(x0.device)
+        x_t = noised(model.path, x0, eps, t).to(x0.dtype)
+        said = model.predict(x_t, t, cond)
+        target = model.prediction.target(model.path, x0, eps, t)
+        each = (said - target).square().flatten(1).mean(1)
+        return Loss((self.factor(model, t) * each).mean(), each.detach(), t)
+
+    def factor(self, model: Denoiser, t: Tensor) -> Tensor:
+        """What the square error of the network's own answer is multiplied by: (B,)."""
+        path, own = model.path, model.prediction
+        space = self.space or self.weight.space or own
+        factor = self.weight(log_snr(path, t))
+        if space is not own:
+            factor = factor * (space.gain(path, t) / own.gain(path, t)) ** 2
+        if self.weight.per_log_snr:  # a density over log_snr, realised with draws from a density over t
+            factor = factor * (-log_snr_rate(path, t) / (2 * self.times.pdf(path, t)))
+        return factor

@@ -1,0 +1,100 @@
+"""What samplers are made of: the question, the step that a driver shows, the table of the schedule, the noise."""
+
+import math
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sfumato.errors import ConfigError
+from sfumato.paths import Path
+
+Noise = Callable[[Tensor], Tensor]  # standard normal noise like x (B, ...)
+
+
+class Ask(NamedTuple):
+    """A sampler's question: the model's answer at x (B, ...) and time t. `to` names what is needed, if not x0."""
+
+    x: Tensor
+    t: float
+    to: str | None = None
+
+
+class Step(NamedTuple):
+    """What a driver shows after each answer: the state at time t, and what the model takes the data to be."""
+
+    t: float
+    x: Tensor
+    x0: Tensor
+
+
+Running = Generator[Ask, Tensor, Tensor]
+SamplerFn = Callable[..., Running]  # (path, x, times, noise, *, options)
+
+
+@dataclass(frozen=True)
+class Table:
+    """The schedule at each time of a grid, as plain floats made once in float64: a step never waits for a device.
+
+    half_log_snr is log(alpha / sigma): minus infinity at pure noise, infinity at the data.
+    """
+
+    t: list[float]
+    alpha: list[float]
+    sigma: list[float]
+    half_log_snr: list[float]
+
+    @classmethod
+    def of(cls, path: Path, times: Tensor) -> "Table":
+        """times: (n + 1,), falling. Raises ConfigError if they do not fall or leave [0, 1]."""
+        times = times.detach().to("cpu", torch.float64)
+        if times.ndim != 1 or len(times) < 2 or bool((times.diff() >= 0).any()) or not 0 <= float(times[-1]) <= float(times[0]) <= 1:
+            raise ConfigError(
+                "the times of a sampler must fall from at most 1 to at least 0, two of them or more",
+                where="times",
+                seen=str([round(v, 4) for v in times.flatten().tolist()[:8]]),
+                fix="sfumato.times.linear(path, 20)",
+            )
+        alpha, sigma = path.alpha(times).tolist(), path.sigma(times).tolist()
+        return cls(times.tolist(), alpha, sigma, [_half_log_snr(a, s) for a, s in zip(alpha, sigma, strict=True)])
+
+    @property
+    def steps(self) -> range:
+        """The indices that a step starts from."""
+        return range(len(self.t) - 1)
+
+
+def _half_log_snr(alpha: float, sigma: float) -> float:
+    if sigma <= 0:
+        return math.inf
+    return math.log(alpha / sigma) if alpha > 0 else -math.inf
+
+
+def ddim_step(x: Tensor, x0: Tensor, table: Table, i: int, j: int) -> Tensor:
+    """From time i to time j along the straight line that x0 and the noise of x span: exact if x0 were constant."""
+    ratio = table.sigma[j] / table.sigma[i]
+    return torch.add(x * ratio, x0, alpha=table.alpha[j] - ratio * table.alpha[i])
+
+
+@dataclass(frozen=True)
+class SeededNoise:
+    """Noise in which each picture has its own generator, so that it depends on its seed and never on its batch-mates.
+
+    Drawn on the CPU in float32 (float64 for float64 states) and moved, so that the device does not change it either.
+    """
+
+    generators: tuple[torch.Generator, ...]
+
+    @classmethod
+    def of(cls, seeds: Sequence[int]) -> "SeededNoise":
+        return cls(tuple(torch.Generator().manual_seed(seed % 2**63) for seed in seeds))
+
+    def __call__(self, like: Tensor) -> Tensor:
+        """Standard normal, of the shape, dtype and device of `like`, whose batch must be one row a seed."""
+        if len(like) != len(self.generators):
+            raise ConfigError("one seed a picture is needed", where="seeds", seen=f"{len(self.generators)} seeds for {len(like)} pictures")
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        rows = [torch.randn(like.shape[1:], generator=g, dtype=dtype) for g in self.generators]
+        return torch.stack(rows).to(like.device, like.dtype)
