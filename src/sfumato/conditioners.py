@@ -1,0 +1,266 @@
+"""Conditioners: from what people say to what networks take.
+
+A raw condition is a mapping from field names to values ({"caption": "a red circle"}, {"label": 3}), one a picture;
+a conditioner turns a list of them into the network's keyword arguments. A field that is missing or None is the null
+condition: what classifier-free guidance compares with, and what training must show now and then (`dropped`). Some have
+weights and learn with the network, some have files of their own (a vocabulary), which travel in the model directory.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Generator, Tensor, nn
+
+from sfumato.denoiser import Cond
+from sfumato.errors import ConfigError, DataError, nearest
+from sfumato.nets.layers import Attention, FeedForward
+
+Raw = Mapping[str, object]
+
+
+@runtime_checkable
+class Source(Protocol):
+    """What a conditioner may learn from before training: every caption, and the names of the classes, if any."""
+
+    def captions(self) -> Iterable[str]: ...
+
+
+class Conditioner(nn.Module):
+    """The base of all conditioners.
+
+    fields: the raw fields it reads. context_dim, pooled_dim, classes: what its answers hold, 0 where they do not.
+    """
+
+    fields: tuple[str, ...] = ()
+    context_dim = pooled_dim = classes = 0
+
+    def forward(self, raw: Sequence[Raw]) -> Cond:
+        raise NotImplementedError
+
+    def null(self, n: int) -> Cond:
+        """The absence of a condition, n times."""
+        cond: Cond = self([{}] * n)
+        return cond
+
+    def check(self, raw: Sequence[Raw]) -> None:
+        """Raises DataError for what could not be understood, naming it. Called before anything is computed."""
+
+    def prepare(self, source: Source) -> None:
+        """Looks at the data once, before training: to build a vocabulary, to count classes."""
+
+    def files(self) -> dict[str, bytes]:
+        """What, beside weights, must be kept with the model."""
+        return {}
+
+    def restore(self, files: Mapping[str, bytes]) -> None:
+        """The inverse of `files`; called before weights are loaded."""
+
+
+class Labels(Conditioner):
+    """A class for each picture: {"label": 3}, or by name when the data has names. Cond: label (B,) int64.
+
+    classes: how many; 0 asks the data. The null label is `classes`, the network's last embedding.
+    """
+
+    fields = ("label",)
+
+    def __init__(self, classes: int = 0) -> None:
+        super().__init__()
+        self.classes, self.names = classes, tuple[str, ...]()
+        self.register_buffer("device_of", torch.empty(0), persistent=False)
+
+    def forward(self, raw: Sequence[Raw]) -> Cond:
+        labels = [self._index(one.get("label")) for one in raw]
+        return {"label": torch.tensor(labels, device=self.device_of.device)}
+
+    def check(self, raw: Sequence[Raw]) -> None:
+        for one in raw:
+            self._index(one.get("label"))
+
+    def prepare(self, source: Source) -> None:
+        names = tuple(getattr(source, "classes", ()))
+        if not self.classes and not names:
+            raise DataError("the data has no classes", where="model.conditioner", seen=type(source).__name__, fix="model.conditioner.classes=10")
+        if self.classes and names and self.classes != len(names):
+            raise DataError("the data has another number of classes", where="model.conditioner.classes", seen=f"{self.classes}, the data {len(names)}", fix=f"model.conditioner.classes={len(names)}")
+        self.names, self.classes = names, self.classes or len(names)
+
+    def files(self) -> dict[str, bytes]:
+        return {"labels.json": json.dumps({"classes": self.classes, "names": self.names}, indent=1).encode()}
+
+    def restore(self, files: Mapping[str, bytes]) -> None:
+        kept = json.loads(files["labels.json"])
+        self.classes, self.names = kept["classes"], tuple(kept["names"])
+
+    def _index(self, label: object) -> int:
+        if label is None:
+            return self.classes
+        if isinstance(label, str) and label in self.names:
+            return self.names.index(label)
+        if isinstance(label, str) and not label.isdigit():
+            raise DataError("no such class", where="label", seen=label, fix=nearest(label, self.names))
+        index = int(label)  # type: ignore[call-overload]
+        if not 0 <= index < self.classes:
+            raise DataError("no such class", where="label", seen=str(index), fix=f"0 to {self.classes - 1}")
+        return int(index)
+
+
+class Prompts(Conditioner):
+    """Captions through a word-level tokenizer and a small transformer, learned with the network from nothing.
+
+    Cond: context (B, length, dim), one vector a word, and pooled (B, dim), the mean over them. Shorter captions are filled
+    with a padding word that is attended to like any other, so there is no mask and shapes never change; the null
+    condition is nothing but padding. length: words read; vocabulary: most words kept, the most frequent ones.
+    """
+
+    def __init__(
+        self,
+        dim: int = 256,
+        depth: int = 2,
+        heads: int = 4,
+        length: int = 16,
+        vocabulary: int = 8192,
+        pooled: bool = True,
+        field: str = "caption",
+    ) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ConfigError("the width does not divide into the heads", where="model.conditioner.heads", seen=f"dim {dim}, heads {heads}")
+        self.fields, self.field, self.length, self.vocabulary = (field,), field, length, vocabulary
+        self.context_dim, self.pooled_dim = dim, dim if pooled else 0
+        self.words: dict[str, int] = {}
+        self.tokenizer = _tokenizer({PAD: 0, UNKNOWN: 1})
+        self.table = nn.Embedding(2, dim)
+        self.place = nn.Parameter(torch.randn(length, dim) * 0.02)
+        self.blocks = nn.ModuleList(EncoderBlock(dim, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, raw: Sequence[Raw]) -> Cond:
+        x = self.table(self.tokens(raw)) + self.place
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
+        return {"context": x, "pooled": x.mean(1)} if self.pooled_dim else {"context": x}
+
+    def tokens(self, raw: Sequence[Raw]) -> Tensor:
+        """Word numbers (B, length), padded with 0, on the conditioner's device."""
+        texts = [str(one.get(self.field) or "") for one in raw]
+        rows = [encoded.ids[: self.length] for encoded in self.tokenizer.encode_batch(texts)]
+        padded = [row + [0] * (self.length - len(row)) for row in rows]
+        return torch.tensor(padded, device=self.table.weight.device)
+
+    def check(self, raw: Sequence[Raw]) -> None:
+        for one in raw:
+            text = one.get(self.field)
+            if text is None:
+                continue
+            if not isinstance(text, str):
+                raise DataError("a caption must be text", where=self.field, seen=repr(text))
+            encoded = self.tokenizer.encode(text)
+            for number, (start, end) in zip(encoded.ids, encoded.offsets, strict=True):
+                if number == 1:
+                    word = text[start:end]
+                    raise DataError("a word this model has never seen", where=f"prompt {text!r}", seen=word, fix=nearest(word, self.words))
+            if len(encoded.ids) > self.length:
+                raise DataError("a prompt longer than this model reads", where=f"prompt {text!r}", seen=f"{len(encoded.ids)} words", fix=f"at most {self.length} words")
+
+    def prepare(self, source: Source) -> None:
+        splitter, counts = _tokenizer({PAD: 0, UNKNOWN: 1}), Counter[str]()
+        for caption in source.captions():
+            text = splitter.normalizer.normalize_str(caption)
+            counts.update(word for word, _ in splitter.pre_tokenizer.pre_tokenize_str(text))
+        if not counts:
+            raise DataError("the data has no captions to learn words from", where="model.conditioner", seen=type(source).__name__, fix="put a picture.txt beside every picture.png")
+        kept = sorted(word for word, _ in counts.most_common(self.vocabulary - 2))
+        self._adopt({PAD: 0, UNKNOWN: 1} | {word: i + 2 for i, word in enumerate(kept)})
+
+    def files(self) -> dict[str, bytes]:
+        return {"tokenizer.json": self.tokenizer.to_str(pretty=True).encode()}
+
+    def restore(self, files: Mapping[str, bytes]) -> None:
+        from tokenizers import Tokenizer
+
+        self._adopt(Tokenizer.from_str(files["tokenizer.json"].decode()).get_vocab())
+
+    def _adopt(self, words: dict[str, int]) -> None:
+        self.words, self.tokenizer = words, _tokenizer(words)
+        self.table = nn.Embedding(len(words), self.context_dim, device=self.table.weight.device)
+
+
+class Joined(Conditioner):
+    """Several conditioners side by side: a class and a prompt, say. Their answers must not overlap."""
+
+    def __init__(self, parts: Sequence[Conditioner]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    fields = property(lambda self: tuple(field for part in self.parts for field in part.fields))  # type: ignore[assignment]
+    context_dim = property(lambda self: max(part.context_dim for part in self.parts))  # type: ignore[assignment]
+    pooled_dim = property(lambda self: max(part.pooled_dim for part in self.parts))  # type: ignore[assignment]
+    classes = property(lambda self: max(part.classes for part in self.parts))  # type: ignore[assignment]
+
+    def forward(self, raw: Sequence[Raw]) -> Cond:
+        answers: dict[str, Tensor] = {}
+        for part in self.parts:
+            cond = part(raw)
+            if twice := answers.keys() & cond.keys():
+                raise ConfigError("two conditioners give the same thing", where="model.conditioner.parts", seen=", ".join(sorted(twice)))
+            answers |= cond
+        return answers
+
+    def check(self, raw: Sequence[Raw]) -> None:
+        for part in self._parts():
+            part.check(raw)
+
+    def prepare(self, source: Source) -> None:
+        for part in self._parts():
+            part.prepare(source)
+
+    def files(self) -> dict[str, bytes]:
+        return {f"{i}.{name}": data for i, part in enumerate(self._parts()) for name, data in part.files().items()}
+
+    def restore(self, files: Mapping[str, bytes]) -> None:
+        for i, part in enumerate(self._parts()):
+            head = f"{i}."
+            part.restore({name.removeprefix(head): data for name, data in files.items() if name.startswith(head)})
+
+    def _parts(self) -> list[Conditioner]:
+        return [part for part in self.parts if isinstance(part, Conditioner)]
+
+
+class EncoderBlock(nn.Module):
+    """A pre-norm transformer block over (B, L, dim)."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(dim), Attention(dim, heads)
+        self.norm2, self.feed = nn.LayerNorm(dim), FeedForward(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        out: Tensor = x + self.feed(self.norm2(x))
+        return out
+
+
+def dropped(raw: Sequence[Raw], rate: float, rng: Generator) -> list[Raw]:
+    """The raw conditions, each replaced by the null condition with probability `rate` (Ho & Salimans 2022)."""
+    keep = torch.rand(len(raw), generator=rng, dtype=torch.float64) >= rate
+    return [one if kept else {} for one, kept in zip(raw, keep.tolist(), strict=True)]
+
+
+PAD, UNKNOWN = "[pad]", "[unknown]"
+
+
+def _tokenizer(words: dict[str, int]):  # type: ignore[no-untyped-def]  # the library is typed, its attributes are not
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.normalizers import NFKC, Lowercase, Sequence
+    from tokenizers.pre_tokenizers import Whitespace
+
+    tokenizer = Tokenizer(WordLevel(words, unk_token=UNKNOWN))
+    tokenizer.normalizer = Sequence([NFKC(), Lowercase()])
+    tokenizer.pre_tokenizer = Whitespace()
+    return tokenizer

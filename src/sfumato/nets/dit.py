@@ -1,0 +1,245 @@
+"""DiT: a vision transformer over patches, told the time by adaptive layer norms (Peebles & Xie 2023).
+
+Each block's shift, scale and gate come from the sum of the time's, the label's and the pooled prompt's embeddings;
+gates start at zero, so a fresh network is the identity along its residual stream (adaLN-Zero). Text comes in by
+`text="joint"`: its tokens run in the same sequence as the patches, as in U-ViT (Bao et al. 2023), or by
+`text="cross"`: a cross-attention in every block, as in PixArt-alpha. `skips` adds U-ViT's long connections.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sfumato.errors import ConfigError
+from sfumato.nets.layers import Attention, FeedForward, TimeEmbedding, modulated, rope_2d, sincos_2d, zeroed
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """The shape of a DiT. `PRESETS` has the paper's.
+
+    size: (height, width) it is made for; others of whole patches work too, since positions are computed.
+    classes: labels 0..classes-1, and `classes` itself for "none". context_dim, pooled_dim: widths of the prompt's
+    tokens and of its summary, 0 for none. out_channels: in_channels unless said.
+    adaln: "block" has each block compute its own modulation; "shared" computes it once, with an offset learned a
+    block (PixArt-alpha's adaLN-single), which saves a third of the weights.
+    """
+
+    size: int | tuple[int, int] = 32
+    patch: int = 2
+    dim: int = 384
+    depth: int = 12
+    heads: int = 6
+    mlp_ratio: float = 4.0
+    in_channels: int = 3
+    out_channels: int | None = None
+    classes: int = 0
+    context_dim: int = 0
+    pooled_dim: int = 0
+    text: Literal["joint", "cross"] = "joint"
+    positions: Literal["sincos", "rope"] = "sincos"
+    adaln: Literal["block", "shared"] = "block"
+    qk_norm: bool = False
+    skips: bool = False
+    dropout: float = 0.0
+
+
+PRESETS = {
+    "S": DiTConfig(dim=384, depth=12, heads=6),
+    "B": DiTConfig(dim=768, depth=12, heads=12),
+    "L": DiTConfig(dim=1024, depth=24, heads=16),
+    "XL": DiTConfig(dim=1152, depth=28, heads=16),
+}
+
+
+def preset(name: str, **changes: object) -> DiTConfig:
+    """The paper's S, B, L or XL, with changes: `preset("B", patch=4, size=64)`. "B/4" says the patch too."""
+    size, _, patch = name.partition("/")
+    if size not in PRESETS or not (patch.isdigit() or not patch):
+        raise ConfigError("no such DiT", where="preset", seen=name, fix="one of S, B, L, XL, or with a patch: B/2")
+    base = replace(PRESETS[size], patch=int(patch)) if patch else PRESETS[size]
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+class DiT(nn.Module):
+    """Pictures (B, C, H, W) and times (B,) to (B, out_channels, H, W); H and W are multiples of the patch."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        _checked(config)
+        self.config, self.checkpointing = config, False
+        dim, area = config.dim, config.patch**2
+        self.patches = nn.Linear(config.in_channels * area, dim)
+        self.time = TimeEmbedding(dim)
+        self.label = nn.Embedding(config.classes + 1, dim) if config.classes else None
+        self.pooled = nn.Linear(config.pooled_dim, dim) if config.pooled_dim else None
+        self.context = nn.Linear(config.context_dim, dim) if config.context_dim else None
+        self.shared = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim)) if config.adaln == "shared" else None
+        self.blocks = nn.ModuleList(
+            Block(config, skip=config.skips and i >= (config.depth + 1) // 2) for i in range(config.depth)
+        )
+        self.head = Head(dim, area * (config.out_channels or config.in_channels))
+        self._initialise()
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        *,
+        label: Tensor | None = None,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        pooled: Tensor | None = None,
+    ) -> Tensor:
+        grid = self._grid(x)
+        tokens = self.patches(_folded(x, self.config.patch))
+        rope = None
+        if self.config.positions == "sincos":
+            tokens = tokens + sincos_2d(*grid, self.config.dim).to(tokens)
+        summary = self._summary(t, label, pooled)
+        words, before = self._words(context), 0
+        mask = context_mask if words is not None else None
+        if words is not None and self.config.text == "joint":
+            before = words.shape[1]
+            tokens = torch.cat([words.to(tokens.dtype), tokens], 1)
+            mask = None if mask is None else torch.cat([mask, mask.new_ones(len(x), grid[0] * grid[1])], 1)
+        if self.config.positions == "rope":
+            cos, sin = rope_2d(*grid, self.config.dim // self.config.heads, before)
+            rope = cos.to(x.device), sin.to(x.device)
+        tokens = self._through(tokens, summary, words, mask, rope)[:, before:]
+        return _unfolded(self.head(tokens, summary), grid, self.config.patch)
+
+    def _through(self, tokens: Tensor, summary: Tensor, *rest: object) -> Tensor:
+        modulation = summary if self.shared is None else self.shared(summary)
+        kept: list[Tensor] = []
+        for block in self.blocks:
+            skip = kept.pop() if block.skip is not None else None
+            if self.checkpointing and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, modulation, skip, *rest, use_reentrant=False)
+            else:
+                tokens = block(tokens, modulation, skip, *rest)
+            if self.config.skips and len(kept) < self.config.depth // 2 and skip is None:
+                kept.append(tokens)
+        return tokens
+
+    def _summary(self, t: Tensor, label: Tensor | None, pooled: Tensor | None) -> Tensor:
+        summary: Tensor = self.time(t)
+        if self.label is not None:
+            none = torch.full_like(t, self.config.classes, dtype=torch.long) if label is None else label
+            summary = summary + self.label(none)
+        if self.pooled is not None and pooled is not None:
+            summary = summary + self.pooled(pooled)
+        return summary
+
+    def _words(self, context: Tensor | None) -> Tensor | None:
+        if self.context is None or context is None:
+            return None
+        words: Tensor = self.context(context)
+        return words
+
+    def _grid(self, x: Tensor) -> tuple[int, int]:
+        height, width = x.shape[-2:]
+        if height % self.config.patch or width % self.config.patch:
+            fix = f"sizes that are multiples of {self.config.patch}"
+            raise ConfigError("a picture is not a whole number of patches", where="size", seen=f"{height}x{width}", fix=fix)
+        return height // self.config.patch, width // self.config.patch
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for table in (self.time.mlp[0], self.time.mlp[2], self.label):
+            if table is not None:
+                nn.init.normal_(table.weight, std=0.02)
+        zeroed(self.head)
+        for block in self.blocks:
+            block.zero()
+        if self.shared is not None:
+            zeroed(self.shared)
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward layer, each between an adaptive layer norm and a gate; text by cross-attention."""
+
+    def __init__(self, config: DiTConfig, skip: bool) -> None:
+        super().__init__()
+        dim, crosses = config.dim, config.text == "cross" and config.context_dim > 0
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.attention = Attention(dim, config.heads, qk_norm=config.qk_norm)
+        self.cross = Attention(dim, config.heads, context_dim=dim, qk_norm=config.qk_norm) if crosses else None
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.feed = FeedForward(dim, config.mlp_ratio)
+        self.skip = nn.Linear(2 * dim, dim) if skip else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim)) if config.adaln == "block" else None
+        self.offset = nn.Parameter(torch.zeros(6 * dim)) if config.adaln == "shared" else None
+
+    def forward(
+        self,
+        x: Tensor,
+        summary: Tensor,
+        skip: Tensor | None,
+        words: Tensor | None,
+        mask: Tensor | None,
+        rope: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        if self.skip is not None and skip is not None:
+            x = self.skip(torch.cat([x, skip], -1))
+        six = self.modulation(summary) if self.modulation is not None else summary + self.offset
+        shift1, scale1, gate1, shift2, scale2, gate2 = six.chunk(6, -1)
+        seen = self.attention(modulated(self.norm1(x), shift1, scale1), mask=None if self.cross else mask, rope=rope)
+        x = x + gate1[:, None] * self.dropout(seen)
+        if self.cross is not None and words is not None:
+            x = x + self.cross(x, words, mask)
+        return x + gate2[:, None] * self.dropout(self.feed(modulated(self.norm2(x), shift2, scale2)))
+
+    def zero(self) -> None:
+        """adaLN-Zero: every gate, shift and scale starts at zero, and the cross-attention says nothing yet."""
+        if self.modulation is not None:
+            zeroed(self.modulation)
+        if self.cross is not None:
+            zeroed(self.cross.out)
+
+
+class Head(nn.Module):
+    """The last norm, adapted to the time, and the way back to pixels."""
+
+    def __init__(self, dim: int, out: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+        self.out = nn.Linear(dim, out)
+
+    def forward(self, x: Tensor, summary: Tensor) -> Tensor:
+        shift, scale = self.modulation(summary).chunk(2, -1)
+        out: Tensor = self.out(modulated(self.norm(x), shift, scale))
+        return out
+
+
+def _folded(x: Tensor, patch: int) -> Tensor:
+    """(B, C, H, W) to (B, H W / patch^2, C patch^2), channels first within a patch."""
+    b, c, h, w = x.shape
+    x = x.reshape(b, c, h // patch, patch, w // patch, patch)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * patch * patch)
+
+
+def _unfolded(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
+    """The inverse of `_folded`."""
+    h, w = grid
+    x = tokens.reshape(len(tokens), h, w, -1, patch, patch)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, h * patch, w * patch)
+
+
+def _checked(config: DiTConfig) -> None:
+    height, width = (config.size, config.size) if isinstance(config.size, int) else config.size
+    where = "model.net"
+    if height % config.patch or width % config.patch:
+        raise ConfigError("the size is not a whole number of patches", where=f"{where}.patch", seen=f"size {height}x{width}, patch {config.patch}", fix=f"{where}.patch=2")
+    if config.dim % config.heads:
+        raise ConfigError("the width does not divide into the heads", where=f"{where}.heads", seen=f"dim {config.dim}, heads {config.heads}", fix=f"a divisor of {config.dim}")
+    if config.dim % 4 or (config.positions == "rope" and (config.dim // config.heads) % 4):
+        raise ConfigError("positions in a plane need widths that are multiples of 4", where=f"{where}.dim", seen=f"dim {config.dim}, heads {config.heads}")

@@ -1,0 +1,132 @@
+"""The parts that more than one network is made of: embeddings of time and place, attention, and feed-forward layers."""
+
+import math
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def sinusoid(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+    """Sinusoidal embedding of numbers (B,) -> (B, dim): cosines, then sines, of geometrically falling frequency.
+
+    In float32 at least: at t of about 1000 a bfloat16 is off by several units. Vaswani et al. 2017; Ho et al. 2020.
+    """
+    half = dim // 2
+    freqs = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(max_period) / half))
+    angles = t.float()[:, None] * freqs
+    return F.pad(torch.cat([angles.cos(), angles.sin()], -1), (0, dim % 2))
+
+
+class TimeEmbedding(nn.Module):
+    """The network's time (B,) -> (B, dim): a sinusoid through a two-layer perceptron."""
+
+    def __init__(self, dim: int, frequencies: int = 256) -> None:
+        super().__init__()
+        self.frequencies = frequencies
+        self.mlp = nn.Sequential(nn.Linear(frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, t: Tensor) -> Tensor:
+        out: Tensor = self.mlp(sinusoid(t, self.frequencies).to(self.mlp[0].weight.dtype))
+        return out
+
+
+def sincos_2d(height: int, width: int, dim: int) -> Tensor:
+    """Fixed positions (height * width, dim): half of the channels for the row, half for the column (MAE, DiT)."""
+    quarter = dim // 4
+    freqs = 1 / 10_000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    angles = [place.reshape(-1, 1).double() * freqs for place in (columns, rows)]
+    return torch.cat([part for a in angles for part in (a.sin(), a.cos())], 1).float()
+
+
+def rope_2d(height: int, width: int, dim: int, before: int = 0, theta: float = 100.0) -> tuple[Tensor, Tensor]:
+    """Axial rotary positions for one head of `dim` channels: cosines and sines, each (before + height * width, dim / 2).
+
+    A quarter of the channel pairs' frequencies serve rows, the rest columns, half each; the `before` leading tokens
+    (text) stay unrotated. Su et al. 2021, axial as in EVA-02 and FLUX.
+    """
+    pairs = dim // 4
+    freqs = theta ** -(torch.arange(pairs, dtype=torch.float64) / pairs)
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    angles = torch.cat([place.reshape(-1, 1).double() * freqs for place in (rows, columns)], 1)
+    angles = torch.cat([angles.new_zeros(before, angles.shape[1]), angles])
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotated(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Queries or keys (B, heads, L, dim) turned by their places: channel i is paired with i + dim / 2."""
+    cos, sin = (part.to(x.dtype) for part in rope)
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x (B, L, dim) over itself, or over `context` (B, M, context_dim) where that is set.
+
+    extra: tokens (B, M, extra_dim) that are looked at beside x itself (GLIDE's and ADM's way to attend to text).
+    mask: (B, keys) bool, True where a key counts. qk_norm: RMS-normalised queries and keys (ViT-22B), which keeps
+    attention logits bounded however large the learning rate.
+    """
+
+    def __init__(self, dim: int, heads: int, *, context_dim: int = 0, extra_dim: int = 0, qk_norm: bool = False) -> None:
+        super().__init__()
+        self.heads, self.crosses = heads, context_dim > 0
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(context_dim or dim, 2 * dim)
+        self.extra = nn.Linear(extra_dim, 2 * dim) if extra_dim else None
+        self.q_norm = nn.RMSNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.out = nn.Linear(dim, dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        rope: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        keys = context if self.crosses and context is not None else x
+        k, v = (self._split(part) for part in self.kv(keys).chunk(2, -1))
+        q, k = self.q_norm(self._split(self.q(x))), self.k_norm(k)
+        if rope is not None:
+            q, k = rotated(q, rope), rotated(k, rope)
+        if self.extra is not None and context is not None:  # text has no place in the picture: it is not rotated
+            extra_k, extra_v = (self._split(part) for part in self.extra(context).chunk(2, -1))
+            k, v = torch.cat([k, self.k_norm(extra_k)], 2), torch.cat([v, extra_v], 2)
+        bias = None if mask is None else mask[:, None, None, :]
+        y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=bias)
+        out: Tensor = self.out(y.transpose(1, 2).flatten(2))
+        return out
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a tanh-GELU between them, on the last axis."""
+
+    def __init__(self, dim: int, ratio: float = 4.0) -> None:
+        super().__init__()
+        hidden = int(dim * ratio)
+        self.up, self.down = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(F.gelu(self.up(x), approximate="tanh"))
+        return out
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (B, L, D) by the sample's shift and scale (B, D): the affine half of an adaptive layer norm."""
+    return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def zeroed(module: Module) -> Module:
+    """The module with all weights zero, so that the branch it ends starts out as nothing."""
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
