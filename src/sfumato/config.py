@@ -1,0 +1,175 @@
+"""The configuration of a run: one schema, checked whole, before torch is imported.
+
+What is pluggable is a slot (see `sfumato.registry`): a name, a mapping with `kind` and options, or the user's own "module:Name".
+Numbers of steps count optimizer steps, `batch` counts pictures a forward pass, so an optimizer step sees batch * accumulate.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+
+from sfumato.catalogue import KINDS
+from sfumato.registry import Problem, check
+
+
+def _slot(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value
+
+
+Slot = Annotated[dict[str, Any], BeforeValidator(_slot), PlainSerializer(lambda value: dict(value))]
+Positive = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of the configuration; what it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    """What is trained: a path, a prediction, a network, and what stands at both ends of it."""
+
+    path: Slot = {"kind": "linear"}
+    prediction: Slot = {"kind": "velocity"}
+    time_input: Slot = {"kind": "thousandths"}
+    scale_input: Slot | None = None
+    net: Slot
+    codec: Slot = {"kind": "pixels"}
+    conditioner: Slot | None = {"kind": "prompts"}
+
+
+class OptimSection(Section):
+    """How weights move. The learning rate rises over `warmup` steps, and falls over the last `decay_fraction` of all."""
+
+    kind: str = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    warmup: Natural = 100
+    decay: Literal["none", "linear", "cosine"] = "none"
+    decay_fraction: Share = 1.0
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    options: dict[str, Any] = {}
+
+
+class EMASection(Section):
+    """An average of the weights. With warm-up it forgets fast at first: decay = min(decay, (1 + n) / (10 + n))."""
+
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    warmup: bool = True
+
+
+class GuardSection(Section):
+    """What to do about gradients that are not finite, and about losses far out of line."""
+
+    nonfinite_limit: Positive = 20
+    spikes: Literal["off", "warn", "skip", "rollback"] = "warn"
+    threshold: Annotated[float, Field(gt=0)] = 12.0
+
+
+class ValidateSection(Section):
+    """The loss on pictures that training never sees, at fixed times and noise."""
+
+    every: Natural = 0
+    batches: Positive = 4
+    holdout: Natural = 0
+
+
+class SamplesSection(Section):
+    """Pictures drawn while training. No prompts: the first captions of the held-out data, or of the data."""
+
+    every: Natural = 0
+    prompts: list[str] = []
+    count: Positive = 8
+    at_start: bool = False
+
+
+class CheckpointSection(Section):
+    every: Positive = 1000
+    keep: Positive = 2
+
+
+class LogSection(Section):
+    every: Positive = 50
+
+
+class SamplingSection(Section):
+    """How the model likes to be sampled; kept with it, and used unless told otherwise. guidance: 1 is off."""
+
+    sampler: Slot = {"kind": "dpmpp_2m"}
+    grid: Slot = {"kind": "linear"}
+    steps: Positive = 20
+    guidance: Annotated[float, Field(ge=0)] = 3.0
+    interval: tuple[float, float] | None = None
+    rescale: Share = 0.0
+
+
+class Config(Section):
+    """Everything a run is determined by."""
+
+    name: str = Field(pattern=r"^[\w][\w .-]*$")
+    seed: Natural = 0
+    data: Slot
+    model: ModelSection
+    objective: Slot = {"kind": "denoising"}
+    optim: OptimSection = OptimSection()
+    steps: Positive
+    batch: Positive = 32
+    accumulate: Positive = 1
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    device: str = "auto"
+    compile: bool = False
+    checkpointing: bool = False
+    condition_dropout: Share = 0.1
+    ema: Annotated[list[EMASection], Field(min_length=1)] = [EMASection()]
+    guard: GuardSection = GuardSection()
+    validate_: ValidateSection = Field(ValidateSection(), alias="validate")
+    samples: SamplesSection = SamplesSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    log: LogSection = LogSection()
+    workers: Natural = 1
+    threads: Positive | None = None
+    sampling: SamplingSection = SamplingSection()
+
+
+# Where the slots are, and of what kind: what is checked against the catalogue.
+SLOTS = {
+    "data": "Data",
+    "model.path": "Path",
+    "model.prediction": "Prediction",
+    "model.time_input": "TimeInput",
+    "model.scale_input": "ScaleInput",
+    "model.net": "Net",
+    "model.codec": "Codec",
+    "model.conditioner": "Conditioner",
+    "objective": "Objective",
+    "objective.times": "Density",
+    "objective.weight": "Weight",
+    "objective.space": "Prediction",
+    "sampling.sampler": "Sampler",
+    "sampling.grid": "Grid",
+}
+FILLED_IN = ("in_channels", "context_dim", "pooled_dim", "classes")  # a network's, known from what stands beside it
+
+
+def slot_problems(raw: dict[str, Any]) -> Iterator[Problem]:
+    """What is wrong with the slots of a raw configuration."""
+    for where, kind_of in SLOTS.items():
+        slot = dig(raw, where)
+        if slot is not None and not (where.count(".") and where.startswith("objective")):  # nested ones are checked by theirs
+            yield from check(slot, kind_of, KINDS, where)
+    optim = raw.get("optim", {})
+    if isinstance(optim, dict):
+        options = optim.get("options", {})
+        slot = {"kind": optim.get("kind", "adamw")} | (options if isinstance(options, dict) else {})
+        for problem in check(slot, "Optimizer", KINDS, "optim"):
+            inside = problem.where.removeprefix("optim.")
+            yield problem._replace(where=f"optim.options.{inside}" if problem.where != "optim" else "optim.kind")
+
+
+def dig(raw: Any, dotted: str) -> Any:
+    """The value at a dotted key, or None."""
+    for part in dotted.split("."):
+        raw = raw.get(part) if isinstance(raw, dict) else None
+    return raw
