@@ -1,0 +1,73 @@
+"""What a data source holds, told before a run is spent on it."""
+
+import hashlib
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image as Pillow
+
+from sfumato.data.folder import Folder, fitted
+from sfumato.data.picture import Dataset
+
+
+@dataclass
+class Report:
+    """Counts of what is there and of what is wrong. `ok` when training can begin."""
+
+    pictures: int = 0
+    size: tuple[int, int] = (0, 0)
+    captioned: int = 0
+    words: int = 0
+    longest: str = ""
+    classes: list[str] = field(default_factory=list)
+    formats: dict[str, int] = field(default_factory=dict)
+    file_sizes: list[str] = field(default_factory=list)
+    enlarged: int = 0
+    duplicates: list[list[str]] = field(default_factory=list)
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
+    uncaptioned: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return self.pictures > 0 and not self.unreadable and not self.uncaptioned
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {"ok": self.ok, **asdict(self)}
+
+
+def report(dataset: Dataset) -> Report:
+    """Looks at a source: every file of a folder is decoded; of others the captions are counted."""
+    captions = [text for text, _ in zip(dataset.captions(), range(100_000), strict=False)]
+    words = Counter(word for text in captions for word in text.lower().split())
+    found = Report(pictures=len(dataset), size=dataset.shape, words=len(words), longest=max(captions, key=len, default=""))
+    found.captioned = len(dataset)
+    found.classes = list(getattr(dataset, "classes", ()))
+    if isinstance(dataset, Folder):
+        _files(dataset, found)
+    return found
+
+
+def _files(folder: Folder, found: Report) -> None:
+    root, height, width = Path(folder.path).expanduser(), *folder.shape
+    found.unreadable = [(str(path.relative_to(root)), why) for path, why in folder.found[1]]
+    sizes, contents, formats = Counter[str](), dict[str, list[str]](), Counter[str]()
+    for entry in folder.entries:
+        name = str(entry.path.relative_to(root))
+        try:
+            with Pillow.open(entry.path) as image:
+                formats[image.format or "?"] += 1
+                sizes[f"{image.width}x{image.height}"] += 1
+                found.enlarged += image.width < width or image.height < height
+            fitted(entry.path, folder.shape)
+        except (OSError, SyntaxError, ValueError) as error:
+            found.unreadable.append((name, str(error)))
+            continue
+        contents.setdefault(hashlib.sha256(entry.path.read_bytes()).hexdigest(), []).append(name)
+        if entry.caption is None:
+            found.uncaptioned.append(name)
+    found.captioned = sum(entry.caption is not None for entry in folder.entries)
+    found.formats, found.file_sizes = dict(formats), [f"{size} ({n})" for size, n in sizes.most_common(8)]
+    found.duplicates = [names for names in contents.values() if len(names) > 1]

@@ -1,0 +1,105 @@
+"""A model: a denoiser with what stands at both of its ends, and the description it was built from."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.catalogue import KINDS, build
+from sfumato.codecs import Codec
+from sfumato.conditioners import Conditioner, Raw
+from sfumato.config import FILLED_IN
+from sfumato.denoiser import Cond, Denoiser
+from sfumato.errors import ConfigError
+from sfumato.registry import options_of, target_of
+
+
+class Model(nn.Module):
+    """Everything that is needed to sample.
+
+    spec: {"model": the section of the config, "size": [height, width], "sampling": recommended settings}, plain data; `build_model`
+    makes the same model of it. Weights are under `net.` and `conditioner.` (and `codec.` where it has any).
+    """
+
+    def __init__(self, denoiser: Denoiser, conditioner: Conditioner | None, codec: Codec, spec: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.net = denoiser.net
+        self.conditioner = conditioner
+        self.codec = codec
+        self.denoiser = denoiser
+        self.spec = dict(spec)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width that it was trained for."""
+        height, width = self.spec["size"]
+        return int(height), int(width)
+
+    def cond(self, raw: Sequence[Raw]) -> Cond:
+        """What the network is told for some raw conditions."""
+        return {} if self.conditioner is None else self.conditioner(raw)
+
+    def forward(self, x_t: Tensor, t: float | Tensor, cond: Cond | None = None) -> Tensor:
+        """E[x0 | x_t]."""
+        answer: Tensor = self.denoiser(x_t, t, cond)
+        return answer
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every weight once, by the name it is stored under."""
+        parts: dict[str, nn.Module | Codec | None] = {"net": self.net, "conditioner": self.conditioner, "codec": self.codec}
+        return {
+            f"{name}.{key.replace('_orig_mod.', '')}": value
+            for name, part in parts.items()
+            if isinstance(part, nn.Module)
+            for key, value in part.state_dict().items()
+        }
+
+
+def build_model(spec: Mapping[str, Any], source: Any = None, files: Mapping[str, bytes] | None = None) -> Model:
+    """The model that a spec describes, freshly initialised from torch's global generator.
+
+    The conditioner learns its vocabulary from `source`, a data source, or takes it from `files` that it wrote once. What the
+    network must know of its neighbours (`in_channels`, `context_dim`, `pooled_dim`, `classes`) is filled in from them.
+    """
+    section = spec["model"]
+    codec = build(section["codec"], "Codec")
+    conditioner = build(section["conditioner"], "Conditioner")
+    if conditioner is not None and files is not None:
+        conditioner.restore(files)
+    elif conditioner is not None and source is not None:
+        conditioner.prepare(source)
+    height, width = spec["size"]
+    channels, inner_height, inner_width = codec.shape(height, width)
+    known = {"size": (inner_height, inner_width), "in_channels": channels}
+    known |= {name: getattr(conditioner, name, 0) for name in FILLED_IN[1:]}
+    net = build(_filled(section["net"], known), "Net")
+    denoiser = Denoiser(
+        net,
+        build(section["path"], "Path"),
+        build(section["prediction"], "Prediction"),
+        build(section["time_input"], "TimeInput"),
+        build(section["scale_input"], "ScaleInput"),
+    )
+    return Model(denoiser, conditioner, codec, spec)
+
+
+def _filled(slot: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """A network's slot with what its surroundings decide, as far as it has such options and they are not set."""
+    target = target_of(str(slot["kind"]), KINDS["Net"])
+    options = options_of(target) if target else None
+    fitting = {name: value for name, value in known.items() if options is None or name in options}
+    return {**fitting, **slot, **({"size": fitting["size"]} if "size" in fitting else {})}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a name; "auto" is an accelerator if there is one. ConfigError for what torch cannot reach."""
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError("this device cannot be used", where="device", seen=f"{name}: {str(error).splitlines()[0]}", fix="device=cpu") from None
+    return device
