@@ -46,14 +46,17 @@ class Model(nn.Module):
         return answer
 
     def weights(self) -> dict[str, Tensor]:
-        """Every weight once, by the name it is stored under."""
-        parts: dict[str, nn.Module | Codec | None] = {"net": self.net, "conditioner": self.conditioner, "codec": self.codec}
-        return {
-            f"{name}.{key.replace('_orig_mod.', '')}": value
-            for name, part in parts.items()
-            if isinstance(part, nn.Module)
-            for key, value in part.state_dict().items()
-        }
+        """Every weight and buffer once, detached, by the name it is stored under."""
+        return {f"{name}.{key}": value for name, part in self._parts().items() for key, value in part.state_dict().items()}
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that learn, by the same names."""
+        named = ((f"{name}.{key}", p) for name, part in self._parts().items() for key, p in part.named_parameters())
+        return {name: p for name, p in named if p.requires_grad}
+
+    def _parts(self) -> dict[str, nn.Module]:
+        parts: dict[str, object] = {"net": self.net, "conditioner": self.conditioner, "codec": self.codec}
+        return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
 
 
 def build_model(spec: Mapping[str, Any], source: Any = None, files: Mapping[str, bytes] | None = None) -> Model:

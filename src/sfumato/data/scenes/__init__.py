@@ -85,6 +85,9 @@ class Scenes:
     rich: float = 0.0
 
     def __post_init__(self) -> None:
+        sides = [self.size] if isinstance(self.size, int) else [*self.size]
+        if len(sides) != (1 if isinstance(self.size, int) else 2) or not all(isinstance(side, int) for side in sides):
+            raise ConfigError("a size is one side, or height and width", where="data.size", seen=str(self.size), fix="data.size=64")
         if not all(32 <= side <= 512 for side in self.shape):
             raise ConfigError("scenes draws sides of 32 to 512 px", where="data.size", seen=str(self.size), fix="data.size=64")
         if self.count < 1:
@@ -96,6 +99,8 @@ class Scenes:
         for task in self.tasks or {}:
             if task not in TASKS:
                 raise ConfigError("scenes has no such task", where="data.tasks", seen=task, fix=nearest(task, TASKS))
+        if any(not share >= 0 for share in (self.tasks or {}).values()):
+            raise ConfigError("a task's share is not negative", where="data.tasks", seen=str(dict(self.tasks or {})))
         if self.tasks is not None and not sum(self.tasks.values()) > 0:
             raise ConfigError("the tasks' shares add up to nothing", where="data.tasks", seen=str(dict(self.tasks)))
 
@@ -130,8 +135,8 @@ class Scenes:
         return Scene(things, *self.shape, background=24 + int(rng.random() * 33)), caption
 
     def _caption(self, rng: Random) -> Caption:
+        task = "rich" if self.rich and rng.random() < self.rich else self._task(rng)
         while True:
-            task = "rich" if self.rich and rng.random() < self.rich else self._task(rng)
             caption = spoken(rng, task)
             if not caption.hidden:
                 return caption

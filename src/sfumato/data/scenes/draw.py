@@ -4,6 +4,7 @@ Each shape's coverage of its pixels is computed once by sampling 16 x 16 points 
 blend of a small rectangle.
 """
 
+from dataclasses import replace
 from functools import lru_cache
 from random import Random
 
@@ -53,7 +54,8 @@ def coverage(shape: str, extent: float, canvas: int, cy: float, cx: float) -> ND
         inside &= np.abs(x) <= (y + 0.5) / 2
     elif shape == "cross":
         inside &= (np.abs(y) <= 1 / 6) | (np.abs(x) <= 1 / 6)
-    return inside.reshape(canvas, FINE, canvas, FINE).mean((1, 3), dtype=np.float32)
+    share: NDArray[np.float32] = inside.reshape(canvas, FINE, canvas, FINE).mean((1, 3), dtype=np.float32)
+    return share
 
 
 @lru_cache(maxsize=256)
@@ -76,10 +78,12 @@ def arranged(rng: Random, caption: Caption, height: int, width: int) -> tuple[Th
     """Things that a caption describes, placed at random: apart from each other, inside, and as the relation says."""
     kinds = [_kind(rng, caption, phrase) for phrase in caption.phrases for _ in range(phrase.count)]
     measures = extents(height, width)
-    for attempt in range(200):
+    for attempt in range(400):
         if attempt == 100:  # too tight: what has no stated size becomes small
             kinds = [(shape, colour, "small") for shape, colour, _ in kinds] if not _sized(caption) else kinds
-        things = _placed(rng, kinds, measures, height, width)
+        # In a long strip two things seldom lie side by side across it: look closer together.
+        near = min(height, width) if attempt >= 200 and caption.relation else None
+        things = _placed(rng, kinds, measures, height, width, near)
         if things is not None and (caption.relation is None or _clear(things, caption.relation)):
             return things
     raise AssertionError(f"no room for {caption.text!r} in {height}x{width}")
@@ -101,9 +105,21 @@ def _kind(rng: Random, caption: Caption, phrase: Phrase) -> tuple[str, str, str]
 
 
 def _placed(
-    rng: Random, kinds: list[tuple[str, str, str]], measures: dict[str, int], height: int, width: int
+    rng: Random,
+    kinds: list[tuple[str, str, str]],
+    measures: dict[str, int],
+    height: int,
+    width: int,
+    near: int | None = None,
 ) -> tuple[Thing, ...] | None:
-    gap, things = max(2, min(height, width) // 16), []
+    """Things at random places, or None if there was no room. near: all within a square of this side."""
+    if near:
+        below, right = int(rng.random() * (height - near + 1)), int(rng.random() * (width - near + 1))
+        inner = _placed(rng, kinds, measures, near, near) or ()
+        moved = tuple(replace(thing, cy=thing.cy + below, cx=thing.cx + right) for thing in inner)
+        return moved or None
+    gap = max(2, min(height, width) // 16)
+    things: list[Thing] = []
     for shape, colour, size in kinds:
         extent = measures[size]
         for _ in range(12):

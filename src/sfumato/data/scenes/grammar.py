@@ -123,6 +123,9 @@ def parse(text: str) -> Caption:
     phrases = tuple(_phrase(part.split(), text) for part in parts)
     if relation and len(phrases) != 2:
         raise DataError("a relation is between two objects", where=f"caption {text!r}", seen=f"{len(phrases)} objects")
+    if relation and any(phrase.count != 1 for phrase in phrases):
+        many = next(phrase.text for phrase in phrases if phrase.count != 1)
+        raise DataError("a relation is between one object and another", where=f"caption {text!r}", seen=many)
     return Caption(_task(phrases, relation), phrases, relation)
 
 
@@ -165,7 +168,8 @@ def _hidden(caption: Caption) -> frozenset[str]:
             found.add("two")
         if caption.relation and _one_way(phrases[0].shape, caption.relation, phrases[1].shape) in HIDDEN_PLACES:
             found.add("position")
-        if caption.task == "binding" and _tenth(sorted(f"{p.colour} {p.shape}" for p in phrases)):
+        bound = caption.relation is None and all(p.colour for p in phrases) and phrases[0].colour != phrases[1].colour
+        if bound and _tenth(sorted(f"{p.colour} {p.shape}" for p in phrases)):
             found.add("binding")
     return frozenset(found)
 
@@ -250,7 +254,8 @@ def _binding(rng: Random) -> Caption:
 
 
 def _rich(rng: Random) -> Caption:
-    phrases, left = [], 4
+    phrases: list[Phrase] = []
+    left = 4
     while left and (not phrases or (len(phrases) < 3 and rng.random() < 0.6)):
         count = 1 + int(rng.random() * min(left, 2))
         phrases.append(Phrase(count, pick(rng, SHAPES), pick(rng, COLOURS), pick(rng, SIZES)))

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from sfumato.data.picture import Image
 from sfumato.data.scenes.draw import RGB, coverage, extents
 from sfumato.data.scenes.grammar import SHAPES, Thing
+from sfumato.errors import DataError
 
 Floats = NDArray[np.float32]
-STANDS_OUT = 70.0  # Euclidean distance in RGB from the ground: less than half of the least vivid colour's
+STANDS_OUT = 62.0  # Euclidean distance in RGB from the ground: less than half of the least vivid colour's
 SPECK = 0.12  # of a small object's box: less is ignored
 WORST = 0.30  # of a template's area: more unexplained coverage than this, and it is no shape
 STRANGE = 85.0  # RGB distance beyond which a colour is none of the eight
@@ -35,7 +36,16 @@ class Bank(NamedTuple):
 
 
 def recognise(image: Image) -> list[Thing]:
-    """The things in a picture (H, W, 3) uint8, in no particular order. Centres and extents are in its own pixels."""
+    """The things in a picture (H, W, 3) uint8, in no particular order. Centres and extents are in its own pixels.
+
+    DataError for anything else: pictures in [-1, 1] would silently hold nothing.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or min(image.shape[:2]) < 32:
+        raise DataError(
+            "recognise reads pictures (height, width, 3) of bytes, from 32 px on",
+            where="recognise",
+            seen=f"{image.dtype} {image.shape}",
+        )
     height, width = image.shape[:2]
     factor = max(1, min(height, width) // 32)
     small = _averaged(image.astype(np.float32), factor)

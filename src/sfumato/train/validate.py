@@ -1,0 +1,38 @@
+"""Validation: the same pictures, times and noise every time, so that two numbers of two moments can be compared."""
+
+from collections.abc import Sequence
+
+import torch
+
+from sfumato.conditioners import Raw
+from sfumato.data.loader import Batch
+from sfumato.train.keys import generator
+from sfumato.train.step import Stepper, encoded
+
+BINS = 10
+
+
+class Validation:
+    """Some batches that training never sees, and what the objective says of them."""
+
+    def __init__(self, batches: Sequence[Batch], seed: int) -> None:
+        self.batches, self.seed = batches, seed
+
+    @torch.no_grad()
+    def __call__(self, stepper: Stepper) -> tuple[float, list[tuple[float, float]]]:
+        """The loss, and the network's unweighted square error in ten bins of time: pairs (middle of the bin, mean)."""
+        losses, times, errors = [], [], []
+        for i, batch in enumerate(self.batches):
+            x0 = encoded(stepper.model, batch.images, stepper.device)
+            raw: Sequence[Raw] = batch.fields
+            with stepper.autocast():
+                rng = generator(self.seed, "validation", i)
+                loss = stepper.objective(stepper.model.denoiser, x0, stepper.model.cond(raw), rng)
+            losses.append(float(loss.value))
+            times += loss.t.tolist()
+            errors += loss.each.tolist()
+        bins: list[list[float]] = [[] for _ in range(BINS)]
+        for t, error in zip(times, errors, strict=True):
+            bins[min(int(t * BINS), BINS - 1)].append(error)
+        by_noise = [((i + 0.5) / BINS, sum(one) / len(one)) for i, one in enumerate(bins) if one]
+        return sum(losses) / len(losses), by_noise
