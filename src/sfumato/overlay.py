@@ -52,7 +52,7 @@ def load_config(source: str, overrides: Iterable[str] = ()) -> Loaded:
     for override in overrides:
         over = _parsed(override)
         raw = merged(raw, over)
-        origins |= {key: "the command line" for key in _leaves(over)}
+        origins |= {key: "the command line" for key in leaves(over)}
     return Loaded(_checked(raw, source, origins), origins)
 
 
@@ -77,7 +77,7 @@ def _read(source: str, origins: dict[str, str], above: tuple[Path, ...]) -> dict
     base = _read(str(below), origins, (*above, path)) if below else {}
     base.pop("name", None)
     known = {recipe.path for recipe in recipes()}
-    origins |= {key: f"recipe {path.stem}" if path in known else str(path) for key in _leaves(raw)}
+    origins |= {key: f"recipe {path.stem}" if path in known else str(path) for key in leaves(raw)}
     return merged(base, raw)
 
 
@@ -147,9 +147,10 @@ def _surviving(options: Mapping[str, Any], kind: Any, kind_of: str) -> dict[str,
     return {name: value for name, value in options.items() if name in known}
 
 
-def _leaves(raw: Any, where: str = "") -> list[str]:
+def leaves(raw: Any, where: str = "") -> list[str]:
+    """The dotted keys of all values of a nested mapping."""
     if isinstance(raw, Mapping) and raw:
-        return [leaf for key, value in raw.items() for leaf in _leaves(value, f"{where}.{key}" if where else str(key))]
+        return [leaf for key, value in raw.items() for leaf in leaves(value, f"{where}.{key}" if where else str(key))]
     return [where]
 
 

@@ -1,0 +1,38 @@
+"""`sfumato doctor`: what is wrong with the machine, or with a run."""
+
+from pathlib import Path
+
+import typer
+
+from sfumato.cli.show import as_json, out, say
+from sfumato.errors import DataError
+
+MARKS = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "fault": "[red]✗[/]"}
+
+
+def doctor(
+    run: Path | None = typer.Argument(None, help="A run to examine. None: the machine alone.", metavar="[RUN]"),
+    per_task: int = typer.Option(10, "--per-task", min=1, help="Prompts of each task, for the response to guidance."),
+    device: str = typer.Option("auto", "--device", help="cpu, cuda, mps, ..."),
+    json: bool = typer.Option(False, "--json", help="As JSON."),
+) -> None:
+    """Examine the machine, and of a run: does it listen to prompts, tell them apart, respond to guidance?"""
+    from rich.markup import escape
+
+    if run is not None and not run.exists():
+        raise DataError("there is no such run", where=str(run), seen="no folder", fix="sfumato doctor")
+    from sfumato.doctor import environment, of_run
+
+    findings = environment(run or Path())
+    if run is not None:
+        from sfumato.pipeline import load
+
+        say("examining the model; this draws some pictures")
+        findings += of_run(run, load(run, device), per_task=per_task)
+    if json:
+        as_json({"ok": all(one.state != "fault" for one in findings), "findings": [one._asdict() for one in findings]})
+        return
+    for one in findings:
+        out.print(f"{MARKS[one.state]} [bold]{one.name}[/]  {escape(one.seen)}", soft_wrap=True)
+        if one.advice:
+            out.print(f"    {escape(one.advice)}", soft_wrap=True)

@@ -1,0 +1,21 @@
+"""`sfumato recipes`: the configurations that come with the library."""
+
+import typer
+from rich.table import Table
+
+from sfumato.cli.show import as_json, out
+
+
+def recipes(json: bool = typer.Option(False, "--json", help="As JSON.")) -> None:
+    """List the recipes: configurations that work as they are, and to extend."""
+    from sfumato.overlay import recipes as found
+
+    rows = [{"name": recipe.name, "summary": recipe.summary, "path": str(recipe.path)} for recipe in found()]
+    if json:
+        as_json(rows)
+        return
+    table = Table("recipe", "what it makes", box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for row in rows:
+        table.add_row(row["name"], row["summary"])
+    out.print(table)
+    out.print("\nsfumato train RECIPE           trains one\nsfumato train RECIPE --print-config   shows all it sets, to copy and change", markup=False)

@@ -1,0 +1,86 @@
+"""`sfumato sample`: pictures from a run or a model."""
+
+from pathlib import Path
+
+import typer
+
+from sfumato.cli.show import as_json, bar, out, say
+from sfumato.errors import ConfigError, DataError
+
+
+def sample(
+    run: Path = typer.Argument(..., help="A run's folder, or a model directory.", metavar="RUN|MODEL"),
+    prompts: list[str] | None = typer.Argument(None, help="What to draw. None: without a condition.", metavar="[PROMPT]..."),
+    n: int = typer.Option(1, "--n", "-n", min=1, help="Pictures of each prompt."),
+    steps: int | None = typer.Option(None, "--steps", help="Steps of the sampler."),
+    sampler: str | None = typer.Option(None, "--sampler", help="ddim, ddpm, euler, heun, dpmpp_2m, or your own module:Name."),
+    times: str | None = typer.Option(None, "--times", help="The grid of times: linear, karras, shifted, ..."),
+    guidance: float | None = typer.Option(None, "--guidance", help="How strongly to follow the prompt; 1 is off."),
+    negative: str | None = typer.Option(None, "--negative", help="What to steer away from."),
+    seed: int = typer.Option(0, "--seed", help="The first picture's seed; each next one adds 1."),
+    file: Path | None = typer.Option(None, "--prompts", help="A file with a prompt on each line.", metavar="FILE"),
+    grid: bool = typer.Option(False, "--grid", help="Also all pictures on one sheet."),
+    size: str | None = typer.Option(None, "--size", help="HEIGHTxWIDTH, where the network can.", metavar="HxW"),
+    batch: int = typer.Option(64, "--batch", min=1, help="Pictures at a time."),
+    folder: Path | None = typer.Option(None, "--out", help="Where to write. [default: RUN/pictures]"),
+    device: str = typer.Option("auto", "--device", help="cpu, cuda, mps, ..."),
+    precision: str = typer.Option("fp32", "--precision", help="fp32, bf16 or fp16."),
+    json: bool = typer.Option(False, "--json", help="Print the paths and settings as JSON."),
+) -> None:
+    """Draw pictures.
+
+    sfumato sample runs/quickstart "a red circle left of a blue square" --n 8 --steps 20
+    """
+    wanted = [*(prompts or []), *(_lines(file) if file else [])]
+    height_width = _size(size) if size else None
+    from sfumato.io.pictures import unused
+    from sfumato.pipeline import load
+
+    pipeline = load(run, device, precision=precision)
+    asked = [prompt for prompt in wanted or [None] for _ in range(n)]
+    with bar("drawing") as progress:
+        drawn = pipeline.sample(
+            asked,
+            steps=steps,
+            sampler=sampler,
+            grid=times,
+            guidance=guidance,
+            negative=negative,
+            seeds=seed,
+            size=height_width,
+            batch=batch,
+            progress=progress,
+        )
+    place = folder or run / "pictures"
+    paths = drawn.save(place)
+    sheet = None
+    if grid:
+        sheet = unused(place, "grid")
+        drawn.grid(columns=n if n > 1 else None).save(sheet)
+    if json:
+        rows = [{"path": str(path), **said} for path, said in zip(paths, drawn.settings, strict=True)]
+        as_json({"pictures": rows, "grid": str(sheet) if sheet else None})
+        return
+    for path in [*paths, *([sheet] if sheet else [])]:
+        out.print(str(path), markup=False, soft_wrap=True)
+    say(f"{len(paths)} pictures in {place}")
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise DataError("the file of prompts cannot be read", where=str(file), seen=error.strerror) from None
+    except UnicodeDecodeError as error:
+        raise DataError("the file of prompts is not text", where=str(file), seen=str(error), fix="save it as UTF-8") from None
+    found = [line for line in lines if line and not line.startswith("#")]
+    if not found:
+        raise DataError("the file holds no prompts", where=str(file), fix="one prompt on each line")
+    return found
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.lower().partition("x")
+    if not (height.isdigit() and width.isdigit()):
+        raise ConfigError("a size is HEIGHTxWIDTH", where="--size", seen=text, fix="--size 32x48")
+    return int(height), int(width)

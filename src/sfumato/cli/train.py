@@ -1,0 +1,62 @@
+"""`sfumato train`: a recipe or a file, with anything changed by key=value."""
+
+from pathlib import Path
+
+import typer
+
+from sfumato.cli.show import as_json, out, say
+from sfumato.errors import ConfigError
+
+
+def train(
+    source: str = typer.Argument(..., help="A recipe's name, a YAML file, or, with --resume, a run's folder.", metavar="RECIPE|FILE|RUN"),
+    overrides: list[str] | None = typer.Argument(None, help="Changes: key=value, e.g. data.path=pictures optim.lr=1e-3.", metavar="[KEY=VALUE]..."),
+    resume: bool = typer.Option(False, "--resume", help="Go on with a run, from its newest whole checkpoint."),
+    run: Path | None = typer.Option(None, "--run", help="The run's folder. [default: runs/NAME]"),
+    stop_after: int | None = typer.Option(None, "--stop-after", min=1, help="Save and stop after so many steps, to be resumed."),
+    print_config: bool = typer.Option(False, "--print-config", help="Print the whole configuration, and where each value comes from."),
+    json: bool = typer.Option(False, "--json", help="Print where the model is, as JSON."),
+) -> None:
+    """Train a model.
+
+    sfumato train quickstart
+    sfumato train quickstart data.kind=folder data.path=DIR name=mine
+    sfumato train --resume runs/mine
+    """
+    from sfumato.overlay import load_config
+
+    folder = Path(source)
+    is_run = (folder / "config.yaml").is_file()
+    if is_run and not resume and not print_config:
+        raise ConfigError("this run exists already", where=str(folder), fix=f"sfumato train --resume {folder}")
+    loaded = load_config(str(folder / "config.yaml") if is_run else source, overrides or [])
+    place = run or (folder if is_run else Path("runs") / loaded.config.name)
+    if print_config:
+        _print(loaded, json)
+        return
+    if not resume and (place / "checkpoints").exists():
+        raise ConfigError("this run exists already", where=str(place), fix=f"sfumato train --resume {place}, or name=ANOTHER")
+    from sfumato.train import train as begin
+
+    model = begin(loaded.config, run=place, resume=resume, stop_after=stop_after)
+    if json:
+        as_json({"run": str(place), "model": str(model)})
+    else:
+        say(f'next: sfumato sample {place} "a prompt", sfumato eval {place} --suite scenes, sfumato doctor {place}')
+
+
+def _print(loaded: object, json: bool) -> None:
+    import yaml
+
+    from sfumato.overlay import Loaded, leaves, resolved
+
+    assert isinstance(loaded, Loaded)
+    whole = resolved(loaded.config)
+    if json:
+        as_json(whole)
+        return
+    out.print(yaml.safe_dump(whole, sort_keys=False, allow_unicode=True), markup=False, end="")
+    for key in leaves(whole):
+        if key in loaded.origins:
+            say(f"# {key}: {loaded.origins[key]}")
+    say("# everything else: default")

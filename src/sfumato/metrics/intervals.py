@@ -1,0 +1,30 @@
+"""Intervals for shares and for means of shares."""
+
+import math
+from collections.abc import Sequence
+
+Z = 1.959964  # the 97.5% quantile of a normal
+
+
+def wilson(hits: int, n: int) -> tuple[float, float]:
+    """The 95% interval of a share (Wilson 1927): right also near 0 and 1, and for small n."""
+    if n == 0:
+        return 0.0, 1.0
+    share, z2 = hits / n, Z * Z
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    reach = Z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    return (0.0 if hits == 0 else middle - reach), (1.0 if hits == n else middle + reach)
+
+
+def mean_of_shares(counts: Sequence[tuple[int, int]]) -> tuple[float, float]:
+    """The 95% interval of the unweighted mean of independent shares, from (hits, n) of each.
+
+    Normal, with each variance from Agresti and Coull's (hits + 2) / (n + 4), which is not zero at 0 or 1.
+    """
+    variance = 0.0
+    for hits, n in counts:
+        share = (hits + 2) / (n + 4)
+        variance += share * (1 - share) / (n + 4)
+    mean = sum(hits / n for hits, n in counts) / len(counts)
+    reach = Z * math.sqrt(variance) / len(counts)
+    return max(0.0, mean - reach), min(1.0, mean + reach)
