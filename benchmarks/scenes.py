@@ -78,15 +78,10 @@ def main() -> None:
     options.add_argument("--json", action="store_true", help="print one JSON object")
     chosen = options.parse_args()
     rows = {
-        str(side): {"drawn_per_second": drawing_rate(side, 2000), **reading(side, chosen.pictures)}
-        for side in SIDES
+        str(side): {"drawn_per_second": drawing_rate(side, 2000), **reading(side, chosen.pictures)} for side in SIDES
     }
     if chosen.json:
-        print(
-            json.dumps(
-                {"benchmark": "scenes", "pictures": chosen.pictures, "noise_std": NOISE, "sides": rows}
-            )
-        )
+        print(json.dumps({"benchmark": "scenes", "pictures": chosen.pictures, "noise_std": NOISE, "sides": rows}))
         return
     for side, row in rows.items():
         print(f"{side:>4} px  " + "  ".join(f"{name} {value:,.4g}" for name, value in row.items()))

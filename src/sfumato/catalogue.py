@@ -1,7 +1,7 @@
 """The table of contents of the library: every name that a config may use, and where it lives.
 
-Only strings, so that help, recipes and config errors need no torch. To add a sampler, a network, a weight: write the file,
-add its line here; the tests then drive it by what the line says.
+Only strings, so that help, recipes and config errors need no torch. To add a sampler, a network, a weight: write the
+file, add its line here; the tests then drive it by what the line says.
 """
 
 from collections.abc import Mapping

@@ -70,11 +70,12 @@ class Labels(Conditioner):
     def __init__(self, classes: int = 0) -> None:
         super().__init__()
         self.classes, self.names = classes, tuple[str, ...]()
+        self.device_of: Tensor
         self.register_buffer("device_of", torch.empty(0), persistent=False)
 
     def forward(self, raw: Sequence[Raw]) -> Cond:
         labels = [self._index(one.get("label")) for one in raw]
-        return {"label": torch.tensor(labels, device=self.device_of.device)}
+        return {"label": torch.tensor(labels).to(self.device_of.device)}
 
     def check(self, raw: Sequence[Raw]) -> None:
         for one in raw:
@@ -83,9 +84,19 @@ class Labels(Conditioner):
     def prepare(self, source: Source) -> None:
         names = tuple(getattr(source, "classes", ()))
         if not self.classes and not names:
-            raise DataError("the data has no classes", where="model.conditioner", seen=type(source).__name__, fix="model.conditioner.classes=10")
+            raise DataError(
+                "the data has no classes",
+                where="model.conditioner",
+                seen=type(source).__name__,
+                fix="model.conditioner.classes=10",
+            )
         if self.classes and names and self.classes != len(names):
-            raise DataError("the data has another number of classes", where="model.conditioner.classes", seen=f"{self.classes}, the data {len(names)}", fix=f"model.conditioner.classes={len(names)}")
+            raise DataError(
+                "the data has another number of classes",
+                where="model.conditioner.classes",
+                seen=f"{self.classes}, the data {len(names)}",
+                fix=f"model.conditioner.classes={len(names)}",
+            )
         self.names, self.classes = names, self.classes or len(names)
 
     def files(self) -> dict[str, bytes]:
@@ -111,8 +122,8 @@ class Labels(Conditioner):
 class Prompts(Conditioner):
     """Captions through a word-level tokenizer and a small transformer, learned with the network from nothing.
 
-    Cond: context (B, length, dim), one vector a word, and pooled (B, dim), the mean over them. Shorter captions are filled
-    with a padding word that is attended to like any other, so there is no mask and shapes never change; the null
+    Cond: context (B, length, dim), one vector a word, and pooled (B, dim), the mean over them. Shorter captions are
+    filled with a padding word that is attended to like any other, so there is no mask and shapes never change; the null
     condition is nothing but padding. length: words read; vocabulary: most words kept, the most frequent ones.
     """
 
@@ -128,7 +139,11 @@ class Prompts(Conditioner):
     ) -> None:
         super().__init__()
         if dim % heads:
-            raise ConfigError("the width does not divide into the heads", where="model.conditioner.heads", seen=f"dim {dim}, heads {heads}")
+            raise ConfigError(
+                "the width does not divide into the heads",
+                where="model.conditioner.heads",
+                seen=f"dim {dim}, heads {heads}",
+            )
         self.fields, self.field, self.length, self.vocabulary = (field,), field, length, vocabulary
         self.context_dim, self.pooled_dim = dim, dim if pooled else 0
         self.words: dict[str, int] = {}
@@ -163,9 +178,19 @@ class Prompts(Conditioner):
             for number, (start, end) in zip(encoded.ids, encoded.offsets, strict=True):
                 if number == 1:
                     word = text[start:end]
-                    raise DataError("a word this model has never seen", where=f"prompt {text!r}", seen=word, fix=nearest(word, self.words))
+                    raise DataError(
+                        "a word this model has never seen",
+                        where=f"prompt {text!r}",
+                        seen=word,
+                        fix=nearest(word, self.words),
+                    )
             if len(encoded.ids) > self.length:
-                raise DataError("a prompt longer than this model reads", where=f"prompt {text!r}", seen=f"{len(encoded.ids)} words", fix=f"at most {self.length} words")
+                raise DataError(
+                    "a prompt longer than this model reads",
+                    where=f"prompt {text!r}",
+                    seen=f"{len(encoded.ids)} words",
+                    fix=f"at most {self.length} words",
+                )
 
     def prepare(self, source: Source) -> None:
         splitter, counts = _tokenizer({PAD: 0, UNKNOWN: 1}), Counter[str]()
@@ -173,7 +198,12 @@ class Prompts(Conditioner):
             text = splitter.normalizer.normalize_str(caption)
             counts.update(word for word, _ in splitter.pre_tokenizer.pre_tokenize_str(text))
         if not counts:
-            raise DataError("the data has no captions to learn words from", where="model.conditioner", seen=type(source).__name__, fix="put a picture.txt beside every picture.png")
+            raise DataError(
+                "the data has no captions to learn words from",
+                where="model.conditioner",
+                seen=type(source).__name__,
+                fix="put a picture.txt beside every picture.png",
+            )
         kept = sorted(word for word, _ in counts.most_common(self.vocabulary - 2))
         self._adopt({PAD: 0, UNKNOWN: 1} | {word: i + 2 for i, word in enumerate(kept)})
 
@@ -207,7 +237,11 @@ class Joined(Conditioner):
         for part in self.parts:
             cond = part(raw)
             if twice := answers.keys() & cond.keys():
-                raise ConfigError("two conditioners give the same thing", where="model.conditioner.parts", seen=", ".join(sorted(twice)))
+                raise ConfigError(
+                    "two conditioners give the same thing",
+                    where="model.conditioner.parts",
+                    seen=", ".join(sorted(twice)),
+                )
             answers |= cond
         return answers
 

@@ -1,7 +1,8 @@
 """The configuration of a run: one schema, checked whole, before torch is imported.
 
-What is pluggable is a slot (see `sfumato.registry`): a name, a mapping with `kind` and options, or the user's own "module:Name".
-Numbers of steps count optimizer steps, `batch` counts pictures a forward pass, so an optimizer step sees batch * accumulate.
+What is pluggable is a slot (see `sfumato.registry`): a name, a mapping with `kind` and options, or the user's own
+"module:Name". Numbers of steps count optimizer steps, `batch` counts pictures a forward pass, so an optimizer step
+sees batch * accumulate.
 """
 
 from collections.abc import Iterator
@@ -42,7 +43,10 @@ class ModelSection(Section):
 
 
 class OptimSection(Section):
-    """How weights move. The learning rate rises over `warmup` steps, and falls over the last `decay_fraction` of all."""
+    """How weights move.
+
+    The learning rate rises over `warmup` steps, and falls over the last `decay_fraction` of all.
+    """
 
     kind: str = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-3
@@ -86,11 +90,15 @@ class SamplesSection(Section):
 
 
 class CheckpointSection(Section):
+    """How often the run is saved, in steps, and how many of its checkpoints are kept."""
+
     every: Positive = 1000
     keep: Positive = 2
 
 
 class LogSection(Section):
+    """How often the loss is written down, in steps."""
+
     every: Positive = 50
 
 
@@ -157,7 +165,9 @@ def slot_problems(raw: dict[str, Any]) -> Iterator[Problem]:
     """What is wrong with the slots of a raw configuration."""
     for where, kind_of in SLOTS.items():
         slot = dig(raw, where)
-        if slot is not None and not (where.count(".") and where.startswith("objective")):  # nested ones are checked by theirs
+        if slot is not None and not (
+            where.count(".") and where.startswith("objective")
+        ):  # nested ones are checked by theirs
             yield from check(slot, kind_of, KINDS, where)
     optim = raw.get("optim", {})
     if isinstance(optim, dict):

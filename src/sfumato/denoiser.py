@@ -95,7 +95,12 @@ def as_thousandths(path: Path, t: Tensor) -> Tensor:
 def as_index(path: Path, t: Tensor) -> Tensor:
     """The index in a table of betas, fractional between two (DDPM, Stable Diffusion, DiT)."""
     if not isinstance(path, Tabulated):
-        raise ConfigError("only a table of betas has indices", where="model.time_input", seen=f"path {path}", fix="model.time_input=thousandths")
+        raise ConfigError(
+            "only a table of betas has indices",
+            where="model.time_input",
+            seen=f"path {path}",
+            fix="model.time_input=thousandths",
+        )
     return path.index(t)
 
 
@@ -140,4 +145,3 @@ def _stacked(parts: Sequence[Tensor]) -> Tensor:
 def _padded(part: Tensor, length: int) -> Tensor:
     missing = part.new_zeros(len(part), length - part.shape[1], *part.shape[2:])
     return torch.cat([part, missing], 1)
-

@@ -1,8 +1,9 @@
-"""What is wrong, in words that say what to change: with the machine, and with a model that does not do what its prompts say.
+"""What is wrong, in words that say what to change: with the machine, and with a model that does not do what its
+prompts say.
 
-A conditional model fails in three ways that its loss hides: it answers the same with and without the prompt (nothing was
-learned from captions), all prompts look alike to it (collapsed embeddings), or guidance pushes it the wrong way or too far.
-Each is measured here on a few pictures.
+A conditional model fails in three ways that its loss hides: it answers the same with and without the prompt (nothing
+was learned from captions), all prompts look alike to it (collapsed embeddings), or guidance pushes it the wrong way
+or too far. Each is measured here on a few pictures.
 """
 
 import importlib.util
@@ -62,7 +63,9 @@ def _python() -> Finding:
 
 def _torch() -> Finding:
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "ROCm" if torch.version.hip else "CPU only"
-    return Finding("torch", "ok", f"{torch.__version__} ({built}), {torch.get_num_threads()} threads of {os.cpu_count()} cores")
+    return Finding(
+        "torch", "ok", f"{torch.__version__} ({built}), {torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    )
 
 
 def _devices() -> list[Finding]:
@@ -78,7 +81,9 @@ def _devices() -> list[Finding]:
 def _precision() -> Finding:
     if torch.cuda.is_available():
         fine = torch.cuda.is_bf16_supported()
-        return Finding("bf16", "ok" if fine else "warning", "supported" if fine else "emulated", "" if fine else "precision=fp16")
+        return Finding(
+            "bf16", "ok" if fine else "warning", "supported" if fine else "emulated", "" if fine else "precision=fp16"
+        )
     cpuinfo = Path("/proc/cpuinfo")
     flags = cpuinfo.read_text(errors="replace") if cpuinfo.exists() else ""
     if any(flag in flags for flag in ("avx512_bf16", "amx_bf16")):
@@ -93,12 +98,19 @@ def _torchvision() -> Finding:
     if tried.returncode == 0:
         return Finding("torchvision", "ok", "installed, not needed")
     last = tried.stderr.strip().splitlines()[-1] if tried.stderr.strip() else "it fails"
-    return Finding("torchvision", "warning", f"broken: {last}", "sfumato never imports it, others may: pip uninstall torchvision")
+    return Finding(
+        "torchvision", "warning", f"broken: {last}", "sfumato never imports it, others may: pip uninstall torchvision"
+    )
 
 
 def _disk(folder: Path) -> Finding:
     free = files.free_space(folder) / 2**30
-    return Finding("disk", "ok" if free > 5 else "warning", f"{free:.0f} GiB free", "" if free > 5 else "free some: checkpoints need room")
+    return Finding(
+        "disk",
+        "ok" if free > 5 else "warning",
+        f"{free:.0f} GiB free",
+        "" if free > 5 else "free some: checkpoints need room",
+    )
 
 
 def _compiler() -> Finding:
@@ -112,7 +124,11 @@ def _examples(run: Path, model: Model) -> tuple[Tensor, list[Fields]]:
     """Some of the pictures the run was trained on."""
     config = run / "config.yaml"
     if not config.is_file():
-        raise DataError("a model alone does not tell its data", where=str(run), fix="sfumato doctor RUN, the folder with config.yaml")
+        raise DataError(
+            "a model alone does not tell its data",
+            where=str(run),
+            fix="sfumato doctor RUN, the folder with config.yaml",
+        )
     dataset = build(parse_yaml(config.read_text(encoding="utf-8"), str(config))["data"], "Data")
     images, fields = dataset.batch(range(min(64, len(dataset))))
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1, list(fields)
@@ -133,10 +149,14 @@ def _gap(pipeline: Pipeline, images: Tensor, fields: Sequence[Fields]) -> Findin
             shares.append(float(1 - errors[0] / errors[1]))
     seen = ", ".join(f"{100 * share:.0f}% at t={time:g}" for time, share in zip(TIMES, shares, strict=True))
     if max(shares) < 0.02:
-        advice = "the prompt is ignored: train longer, check that captions say what pictures show, lower condition_dropout"
+        advice = (
+            "the prompt is ignored: train longer, check that captions say what pictures show, lower condition_dropout"
+        )
         return Finding("prompt against none", "fault", f"error lower by {seen}", advice)
     if shares[-2] < 0.02:
-        advice = "the prompt does not shape the layout: look at high noise more, objective.times={kind: logit_normal, mean: 1.0}"
+        advice = (
+            "the prompt does not shape the layout: more of high noise, objective.times={kind: logit_normal, mean: 1}"
+        )
         return Finding("prompt against none", "warning", f"error lower by {seen}", advice)
     return Finding("prompt against none", "ok", f"error lower by {seen}")
 
@@ -150,9 +170,13 @@ def _embeddings(model: Model, fields: Sequence[Fields]) -> Finding:
         return Finding("embeddings", "ok", "labels have one each")
     rows = torch.nn.functional.normalize(cond["context"].flatten(1).float(), dim=1)
     alike = (rows @ rows.T)[~torch.eye(len(rows), dtype=torch.bool, device=rows.device)]
-    seen = f"cosine between {len(distinct)} prompts {float(alike.mean()):.2f} on average, {float(alike.max()):.3f} at most"
+    seen = (
+        f"cosine between {len(distinct)} prompts {float(alike.mean()):.2f} on average, {float(alike.max()):.3f} at most"
+    )
     if float(alike.mean()) > 0.98:
-        return Finding("embeddings", "fault", seen, "collapsed: a smaller optim.lr, a longer optim.warmup, another seed")
+        return Finding(
+            "embeddings", "fault", seen, "collapsed: a smaller optim.lr, a longer optim.warmup, another seed"
+        )
     return Finding("embeddings", "ok", seen)
 
 
@@ -165,7 +189,8 @@ def _guidance(pipeline: Pipeline, per_task: int) -> Finding | None:
     """The scene score at several scales; nothing for models that do not know the words of scenes."""
     try:
         scores = {
-            scale: evaluate(pipeline, per_task=per_task, held_out=0, guidance=scale).as_dict()["overall"] for scale in SCALES
+            scale: evaluate(pipeline, per_task=per_task, held_out=0, guidance=scale).as_dict()["overall"]
+            for scale in SCALES
         }
     except DataError:
         return None

@@ -1,7 +1,8 @@
 """Writing that is never half done.
 
-A file appears under its name only when it is whole and on the disk (temporary neighbour, fsync, rename); a folder likewise, with
-a manifest of its files' sizes and SHA-256 digests written last, so what is truncated or altered is found by name.
+A file appears under its name only when it is whole and on the disk (temporary neighbour, fsync, rename); a folder
+likewise, with a manifest of its files' sizes and SHA-256 digests written last, so what is truncated or altered is
+found by name.
 """
 
 import contextlib
@@ -76,17 +77,31 @@ def verify(folder: Path) -> None:
     try:
         entries = json.loads(manifest.read_text(encoding="utf-8"))["files"]
     except FileNotFoundError:
-        raise CheckpointError("a folder was never finished", where=str(folder), seen=f"no {MANIFEST}", fix="use an earlier one") from None
+        raise CheckpointError(
+            "a folder was never finished", where=str(folder), seen=f"no {MANIFEST}", fix="use an earlier one"
+        ) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError("a manifest cannot be read", where=str(manifest), seen=str(error), fix="use an earlier one") from None
+        raise CheckpointError(
+            "a manifest cannot be read", where=str(manifest), seen=str(error), fix="use an earlier one"
+        ) from None
     for name, entry in entries.items():
         path = Path(folder) / name
         if not path.is_file():
             raise CheckpointError("a file is missing", where=str(path), seen="nothing", fix="use an earlier one")
         if path.stat().st_size != entry["size"]:
-            raise CheckpointError("a file is truncated", where=str(path), seen=f"{path.stat().st_size} bytes of {entry['size']}", fix="use an earlier one")
+            raise CheckpointError(
+                "a file is truncated",
+                where=str(path),
+                seen=f"{path.stat().st_size} bytes of {entry['size']}",
+                fix="use an earlier one",
+            )
         if (seen := digest(path)) != entry["sha256"]:
-            raise CheckpointError("a file was altered", where=str(path), seen=f"sha256 {seen[:16]}, not {entry['sha256'][:16]}", fix="use an earlier one")
+            raise CheckpointError(
+                "a file was altered",
+                where=str(path),
+                seen=f"sha256 {seen[:16]}, not {entry['sha256'][:16]}",
+                fix="use an earlier one",
+            )
 
 
 def digest(path: Path) -> str:
@@ -103,7 +118,11 @@ def lock(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError("another process is training in this folder", where=str(folder), fix="wait for it, or choose another name") from None
+            raise ConfigError(
+                "another process is training in this folder",
+                where=str(folder),
+                fix="wait for it, or choose another name",
+            ) from None
         yield
 
 
@@ -131,7 +150,12 @@ def _explained(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = free_space(path) / 2**20
-            raise MachineError("the disk is full", where=str(path), seen=f"{free:.0f} MiB free", fix="free some space and run the same command with --resume") from error
+            raise MachineError(
+                "the disk is full",
+                where=str(path),
+                seen=f"{free:.0f} MiB free",
+                fix="free some space and run the same command with --resume",
+            ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EIO):
             raise MachineError("cannot write here", where=str(path), seen=error.strerror or str(error)) from error
         raise

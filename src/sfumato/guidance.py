@@ -69,9 +69,15 @@ class CFG:
     def __post_init__(self) -> None:
         low, high = self.interval
         if not 0 <= low < high:
-            raise ConfigError("a guidance interval runs from a lower to a higher noise level", where="guidance.interval", seen=f"({low:g}, {high:g})")
+            raise ConfigError(
+                "a guidance interval runs from a lower to a higher noise level",
+                where="guidance.interval",
+                seen=f"({low:g}, {high:g})",
+            )
         if not 0 <= self.rescale <= 1:
-            raise ConfigError("guidance rescale lies between 0 and 1", where="guidance.rescale", seen=f"{self.rescale:g}")
+            raise ConfigError(
+                "guidance rescale lies between 0 and 1", where="guidance.rescale", seen=f"{self.rescale:g}"
+            )
 
     def branches(self, path: Path, t: float) -> tuple[Branch, ...]:
         if self.scale == 1 or not self._within(path, t):

@@ -1,5 +1,6 @@
 """A model: a denoiser with what stands at both of its ends, and the description it was built from."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,24 +12,28 @@ from sfumato.codecs import Codec
 from sfumato.conditioners import Conditioner, Raw
 from sfumato.config import FILLED_IN
 from sfumato.denoiser import Cond, Denoiser
-from sfumato.errors import ConfigError
+from sfumato.errors import ConfigError, MachineError
 from sfumato.registry import options_of, target_of
 
 
 class Model(nn.Module):
     """Everything that is needed to sample.
 
-    spec: {"model": the section of the config, "size": [height, width], "sampling": recommended settings}, plain data; `build_model`
-    makes the same model of it. Weights are under `net.` and `conditioner.` (and `codec.` where it has any).
+    spec: {"model": the section of the config, "size": [height, width], "sampling": recommended settings}, plain data;
+    `build_model` makes the same model of it. Weights are under `net.` and `conditioner.` (and `codec.` where it has
+    any).
     """
 
-    def __init__(self, denoiser: Denoiser, conditioner: Conditioner | None, codec: Codec, spec: Mapping[str, Any]) -> None:
+    def __init__(
+        self, denoiser: Denoiser, conditioner: Conditioner | None, codec: Codec, spec: Mapping[str, Any]
+    ) -> None:
         super().__init__()
         self.net = denoiser.net
         self.conditioner = conditioner
         self.codec = codec
         self.denoiser = denoiser
         self.spec = dict(spec)
+        self.facts: dict[str, Any] = {}  # of its training, where it was loaded from a model directory
 
     @property
     def size(self) -> tuple[int, int]:
@@ -47,7 +52,9 @@ class Model(nn.Module):
 
     def weights(self) -> dict[str, Tensor]:
         """Every weight and buffer once, detached, by the name it is stored under."""
-        return {f"{name}.{key}": value for name, part in self._parts().items() for key, value in part.state_dict().items()}
+        return {
+            f"{name}.{key}": value for name, part in self._parts().items() for key, value in part.state_dict().items()
+        }
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that learn, by the same names."""
@@ -62,8 +69,9 @@ class Model(nn.Module):
 def build_model(spec: Mapping[str, Any], source: Any = None, files: Mapping[str, bytes] | None = None) -> Model:
     """The model that a spec describes, freshly initialised from torch's global generator.
 
-    The conditioner learns its vocabulary from `source`, a data source, or takes it from `files` that it wrote once. What the
-    network must know of its neighbours (`in_channels`, `context_dim`, `pooled_dim`, `classes`) is filled in from them.
+    The conditioner learns its vocabulary from `source`, a data source, or takes it from `files` that it wrote once.
+    What the network must know of its neighbours (`in_channels`, `context_dim`, `pooled_dim`, `classes`) is filled in
+    from them.
     """
     section = spec["model"]
     codec = build(section["codec"], "Codec")
@@ -104,5 +112,16 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError("this device cannot be used", where="device", seen=f"{name}: {str(error).splitlines()[0]}", fix="device=cpu") from None
+        raise ConfigError(
+            "this device cannot be used", where="device", seen=f"{name}: {str(error).splitlines()[0]}", fix="device=cpu"
+        ) from None
     return device
+
+
+def compile_net(net: nn.Module, device: torch.device, **options: Any) -> None:
+    """Compiles a network in place (samplers never are). MachineError where the machine has no compiler for it."""
+    if device.type == "cpu" and shutil.which("g++") is None and shutil.which("clang++") is None:
+        raise MachineError(
+            "compiling for a CPU needs a C++ compiler", where="compile", seen="no g++", fix="compile=false"
+        )
+    net.compile(**options)

@@ -1,8 +1,8 @@
 """Configurations are laid over each other: a recipe over what it extends, the command line over all.
 
-A mapping is merged key by key, anything else replaces. In a slot, another `kind` drops those inherited options which the new kind
-does not have, so that `data.kind=folder data.path=DIR` keeps a recipe's size. Where each value came from is remembered,
-so that an error can say it.
+A mapping is merged key by key, anything else replaces. In a slot, another `kind` drops those inherited options which
+the new kind does not have, so that `data.kind=folder data.path=DIR` keeps a recipe's size. Where each value came from
+is remembered, so that an error can say it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -51,8 +51,8 @@ def load_config(source: str, overrides: Iterable[str] = ()) -> Loaded:
     raw.setdefault("name", Path(source).stem)
     for override in overrides:
         over = _parsed(override)
-        raw = merged(raw, over)
-        origins |= {key: "the command line" for key in leaves(over)}
+        raw = cast(dict[str, Any], merged(raw, over))
+        origins |= dict.fromkeys(leaves(over), "the command line")
     return Loaded(_checked(raw, source, origins), origins)
 
 
@@ -69,10 +69,19 @@ def from_resolved(raw: Mapping[str, Any], source: str) -> Config:
 def _read(source: str, origins: dict[str, str], above: tuple[Path, ...]) -> dict[str, Any]:
     path = _find(source, above[-1].parent if above else Path.cwd())
     if path in above:
-        raise ConfigError("configurations extend each other in a circle", where=str(path), seen=" -> ".join(p.name for p in (*above, path)))
+        raise ConfigError(
+            "configurations extend each other in a circle",
+            where=str(path),
+            seen=" -> ".join(p.name for p in (*above, path)),
+        )
     raw = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(raw, dict):
-        raise ConfigError("a configuration is a mapping of names to values", where=str(path), seen=type(raw).__name__, fix="steps: 1000")
+        raise ConfigError(
+            "a configuration is a mapping of names to values",
+            where=str(path),
+            seen=type(raw).__name__,
+            fix="steps: 1000",
+        )
     below = raw.pop("extends", None)
     base = _read(str(below), origins, (*above, path)) if below else {}
     base.pop("name", None)
@@ -111,7 +120,12 @@ def parse_yaml(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{where}, line {mark.line + 1}, column {mark.column + 1}" if mark else where
-        raise ConfigError("this is not YAML", where=place, seen=str(getattr(error, "problem", error)), fix="name: value, with spaces, not tabs") from None
+        raise ConfigError(
+            "this is not YAML",
+            where=place,
+            seen=str(getattr(error, "problem", error)),
+            fix="name: value, with spaces, not tabs",
+        ) from None
 
 
 def _parsed(override: str) -> dict[str, Any]:
@@ -168,7 +182,11 @@ def _checked(raw: dict[str, Any], source: str, origins: dict[str, str]) -> Confi
             seen.add(problem.where)
             lines.append(_line(problem, origins))
     many = "1 fault" if len(lines) == 1 else f"{len(lines)} faults"
-    raise ConfigError(f"{many} in the configuration\n" + "\n".join(lines), where=source, fix="sfumato train RECIPE --print-config shows every key")
+    raise ConfigError(
+        f"{many} in the configuration\n" + "\n".join(lines),
+        where=source,
+        fix="sfumato train RECIPE --print-config shows every key",
+    )
 
 
 def _line(problem: Problem, origins: dict[str, str]) -> str:

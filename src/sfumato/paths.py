@@ -109,10 +109,15 @@ class VariancePreserving:
 
     def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
         alpha, beta = self.alpha(t), self.beta_min + t * (self.beta_max - self.beta_min)
-        return -beta / 2 * alpha, beta / 2 * alpha**2 / self.sigma(t)
+        sigma = self.sigma(t).clamp(
+            min=1e-18
+        )  # sigma rises infinitely fast at the data; the velocity's x0 is finite there
+        return -beta / 2 * alpha, beta / 2 * alpha**2 / sigma
 
     def time(self, log_snr: Tensor) -> Tensor:
-        y = softplus(-log_snr)  # -2 log alpha; torch's softplus is exact only below its threshold of 20, as y is linear above
+        y = softplus(
+            -log_snr
+        )  # -2 log alpha; torch's softplus is exact only below its threshold of 20, as y is linear above
         return 2 * y / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * (self.beta_max - self.beta_min) * y))
 
 
@@ -123,10 +128,10 @@ Betas = Literal["linear", "scaled_linear", "cosine", "sigmoid"]
 class Tabulated:
     """A discrete DDPM schedule made continuous, so that any time may be asked for.
 
-    `steps` betas give the cumulative products abar_i, i = 0 .. steps - 1. Index i stands at t = (i + 1) / steps, because
-    index 0 already holds one step of noise; t = 0 is the data itself. Between two indices log_snr is linear in t (as
-    k-diffusion does); in the first interval sigma / alpha is linear, so that it reaches 0 at t = 0, and with zero
-    terminal SNR (Lin et al. 2023) alpha / sigma is linear in the last one, so that it reaches 0 at t = 1.
+    `steps` betas give the cumulative products abar_i, i = 0 .. steps - 1. Index i stands at t = (i + 1) / steps,
+    because index 0 already holds one step of noise; t = 0 is the data itself. Between two indices log_snr is linear
+    in t (as k-diffusion does); in the first interval sigma / alpha is linear, so that it reaches 0 at t = 0, and with
+    zero terminal SNR (Lin et al. 2023) alpha / sigma is linear in the last one, so that it reaches 0 at t = 1.
 
     betas: "linear" (Ho et al. 2020; `start` and `end` are for 1000 steps and scale with 1000 / steps),
         "scaled_linear" (Stable Diffusion: linear in sqrt(beta)), "cosine" (Nichol & Dhariwal 2021), "sigmoid"
@@ -144,12 +149,17 @@ class Tabulated:
             object.__setattr__(self, "betas", tuple(float(b) for b in self.betas))
             object.__setattr__(self, "steps", len(self.betas))
         elif self.betas not in _DEFAULT_ENDS:
-            raise ConfigError(f"unknown betas {self.betas!r}", where="path.betas", fix=f"one of {', '.join(_DEFAULT_ENDS)}")
+            raise ConfigError(
+                f"unknown betas {self.betas!r}", where="path.betas", fix=f"one of {', '.join(_DEFAULT_ENDS)}"
+            )
         if self.steps < 2:
             raise ConfigError("a table of betas needs at least 2 steps", where="path.steps", seen=str(self.steps))
         table = self.alphas_cumprod
-        if not bool((table[1:] < table[:-1]).all()) or not 0 < float(table[0]) < 1:
-            raise ConfigError("betas must lie between 0 and 1, so that the noise rises at every step", where="path.betas")
+        above_zero = float(table[-1]) > 0 or self.zero_terminal_snr
+        if not bool((table[1:] < table[:-1]).all()) or not 0 < float(table[0]) < 1 or not above_zero:
+            raise ConfigError(
+                "betas must lie between 0 and 1, so that the noise rises at every step", where="path.betas"
+            )
 
     @cached_property
     def alphas_cumprod(self) -> Tensor:
@@ -194,17 +204,19 @@ class Tabulated:
     def _interpolate(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """alpha, sigma and their rates: three formulas by segment, chosen without a branch on the data."""
         table, n = _log_snrs(self, t.device, t.dtype), self.steps
-        i = torch.ceil(t * n).long().clamp(2, n - 1)  # the segment from index i - 2 to index i - 1, in 0-based indices
+        i = torch.ceil(t * n).long().clamp(2, n)  # the segment from index i - 2 to index i - 1, in 0-based indices
         low, high = table[i - 1], table[i - 2]
         if self.zero_terminal_snr:
             low = torch.where(i >= n, high, low)
+        log_snr = high + (low - high) * (t * n - (i - 1))
         slope = (low - high) * n
-        log_snr = high + slope * (t - (i - 1) / n)
         alpha, sigma = torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
         inside = (alpha, sigma, slope * alpha * sigma**2 / 2, -slope * sigma * alpha**2 / 2)
         rate = torch.exp(-table[0] / 2) * n
         noise, signal, noise_rate, signal_rate = _from_ratio(t * rate, rate)
-        parts = [torch.where(t * n < 1, a, b) for a, b in zip((signal, noise, signal_rate, noise_rate), inside, strict=True)]
+        parts = [
+            torch.where(t * n < 1, a, b) for a, b in zip((signal, noise, signal_rate, noise_rate), inside, strict=True)
+        ]
         if self.zero_terminal_snr:
             rate = torch.exp(table[-2] / 2) * n
             end = _from_ratio((1 - t) * rate, -rate)

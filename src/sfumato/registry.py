@@ -1,9 +1,10 @@
 """From names in a config to objects, without importing anything until it is needed.
 
-A *slot* of a config is a name, or a mapping `{kind: NAME, option: value, ...}`; the kind is looked up in a table of targets,
-or is itself a target, "module:Name", so that a user's own class stands wherever one of ours does. A class is called with the
-options; a function keeps them for later (`partial`); "module:name()" calls a function that makes what is wanted; any other value
-is taken as it is. Options are read from the source by `ast`, so a mistyped one is reported before torch is imported.
+A *slot* of a config is a name, or a mapping `{kind: NAME, option: value, ...}`; the kind is looked up in a table of
+targets, or is itself a target, "module:Name", so that a user's own class stands wherever one of ours does. A class is
+called with the options; a function keeps them for later (`partial`); "module:name()" calls a function that makes what
+is wanted; any other value is taken as it is. Options are read from the source by `ast`, so a mistyped one is reported
+before torch is imported.
 """
 
 import ast
@@ -56,9 +57,16 @@ def resolve(target: str) -> Any:
         try:
             found = importlib.import_module(module)
         except ModuleNotFoundError as error:
-            raise ConfigError("a module cannot be found", where=target, seen=str(error), fix="a module that can be imported from here") from None
+            raise ConfigError(
+                "a module cannot be found", where=target, seen=str(error), fix="a module that can be imported from here"
+            ) from None
     if not hasattr(found, name):
-        raise ConfigError("a module lacks what was asked of it", where=target, seen=name, fix=nearest(name, [n for n in dir(found) if n[0] != "_"]))
+        raise ConfigError(
+            "a module lacks what was asked of it",
+            where=target,
+            seen=name,
+            fix=nearest(name, [n for n in dir(found) if n[0] != "_"]),
+        )
     return getattr(found, name)
 
 
@@ -94,7 +102,9 @@ def build(slot: Any, kind_of: str, kinds: Kinds) -> Any:
     kind = str(given.pop("kind"))
     target = target_of(kind, kinds[kind_of])
     if target is None:
-        raise ConfigError(f"unknown {kind_of.lower()}", where=kind_of.lower(), seen=kind, fix=nearest(kind, kinds[kind_of]))
+        raise ConfigError(
+            f"unknown {kind_of.lower()}", where=kind_of.lower(), seen=kind, fix=nearest(kind, kinds[kind_of])
+        )
     known = options_of(target) or {}
     options = {name: _value(value, known.get(name), kinds) for name, value in given.items()}
     return _made(resolve(target), options, called=target.endswith("()"))
@@ -103,7 +113,8 @@ def build(slot: Any, kind_of: str, kinds: Kinds) -> Any:
 def _made(found: Any, options: dict[str, Any], called: bool) -> Any:
     if inspect.isclass(found):
         config = _config_class(found)
-        return found(config(**options)) if config is not None else found(**options)
+        make: Callable[..., Any] = found
+        return make(config(**options)) if config is not None else make(**options)
     if called:
         return found(**options)
     return functools.partial(found, **options) if options else found
@@ -139,7 +150,12 @@ def check(slot: Any, kind_of: str, kinds: Kinds, where: str) -> Iterator[Problem
     """Everything that is wrong with a slot: its kind, and its options' names, presence and simple types."""
     given = {"kind": slot} if isinstance(slot, str) else slot
     if not isinstance(given, Mapping) or not isinstance(given.get("kind"), str):
-        yield Problem(where, "names something to use, alone or as `kind` with options", repr(slot), f"{where}={next(iter(kinds[kind_of]))}")
+        yield Problem(
+            where,
+            "names something to use, alone or as `kind` with options",
+            repr(slot),
+            f"{where}={next(iter(kinds[kind_of]))}",
+        )
         return
     kind = given["kind"]
     target = target_of(kind, kinds[kind_of])
@@ -155,7 +171,9 @@ def check(slot: Any, kind_of: str, kinds: Kinds, where: str) -> Iterator[Problem
         yield from _check_options(given, known, kinds, where, kind)
 
 
-def _check_options(given: Mapping[str, Any], known: Mapping[str, Option], kinds: Kinds, where: str, kind: str) -> Iterator[Problem]:
+def _check_options(
+    given: Mapping[str, Any], known: Mapping[str, Option], kinds: Kinds, where: str, kind: str
+) -> Iterator[Problem]:
     for name, value in given.items():
         if name == "kind":
             continue
@@ -172,7 +190,9 @@ def _check_options(given: Mapping[str, Any], known: Mapping[str, Option], kinds:
             yield Problem(f"{where}.{name}", f"should be {annotation}", repr(value))
     for name, option in known.items():
         if option.required and name not in given:
-            yield Problem(f"{where}.{name}", f"is needed by {kind}", "nothing", f"{where}.{name}=..., {option.annotation}")
+            yield Problem(
+                f"{where}.{name}", f"is needed by {kind}", "nothing", f"{where}.{name}=..., {option.annotation}"
+            )
 
 
 def fits(value: Any, annotation: str) -> bool:
@@ -224,7 +244,11 @@ def _of_function(node: ast.FunctionDef, every: bool) -> dict[str, Option]:
     found, args = {}, node.args
     if every:
         first = len(args.args) - len(args.defaults)
-        found = {arg.arg: Option(arg.arg, _text(arg.annotation), i < first) for i, arg in enumerate(args.args) if arg.arg not in ("self", "cls")}
+        found = {
+            arg.arg: Option(arg.arg, _text(arg.annotation), i < first)
+            for i, arg in enumerate(args.args)
+            if arg.arg not in ("self", "cls")
+        }
     for arg, default in zip(args.kwonlyargs, args.kw_defaults, strict=True):
         found[arg.arg] = Option(arg.arg, _text(arg.annotation), default is None)
     return found
@@ -272,7 +296,9 @@ def _defined(tree: ast.Module, name: str) -> ast.stmt | None:
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == name:
             return node
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
         if any(isinstance(one, ast.Name) and one.id == name for one in targets):
             return node
         if isinstance(node, ast.ImportFrom) and any((one.asname or one.name) == name for one in node.names):

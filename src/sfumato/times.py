@@ -25,14 +25,18 @@ def linear(path: Path, n: int, *, start: float = 1.0) -> Tensor:
     return torch.linspace(start, 0, n + 1, dtype=torch.float64)
 
 
-def karras(path: Path, n: int, *, start: float = 1.0, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
+def karras(
+    path: Path, n: int, *, start: float = 1.0, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
+) -> Tensor:
     """Karras et al. 2022, eq. 5: the noise level even in its rho-th root, then 0. Kept within the path's own range."""
     high, low = _range(path, start, sigma_min, sigma_max)
     u = torch.linspace(0, 1, n, dtype=torch.float64)
     return _to_data(path, (high ** (1 / rho) + u * (low ** (1 / rho) - high ** (1 / rho))) ** rho)
 
 
-def uniform_log_snr(path: Path, n: int, *, start: float = 1.0, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Tensor:
+def uniform_log_snr(
+    path: Path, n: int, *, start: float = 1.0, sigma_min: float = 0.002, sigma_max: float = 80.0
+) -> Tensor:
     """Even in log_snr (DPM-Solver's "logSNR" grid), then 0."""
     high, low = _range(path, start, sigma_min, sigma_max)
     u = torch.linspace(0, 1, n, dtype=torch.float64)
@@ -57,11 +61,16 @@ def linspace(path: Path, n: int) -> Tensor:
 
 
 def shifted(path: Path, n: int, *, by: float = 3.0, start: float = 1.0) -> Tensor:
-    """An even grid with the resolution shift (Esser et al. 2024, eq. 23): more of the steps at high noise for by > 1."""
+    """An even grid with the resolution shift (Esser et al. 2024, eq.
+
+    23): more of the steps at high noise for by > 1.
+    """
     times = shift(path, linear(path, n, start=start), by)
     if bool((times.diff() >= 0).any()):
         raise ConfigError(
-            f"a shift of {by:g} pushes several steps past the end of this path", where="grid.by", fix="use a smaller shift, or a path that reaches pure noise"
+            f"a shift of {by:g} pushes several steps past the end of this path",
+            where="grid.by",
+            fix="use a smaller shift, or a path that reaches pure noise",
         )
     return times
 
@@ -86,7 +95,12 @@ def _to_data(path: Path, levels: Tensor) -> Tensor:
 
 def _table(path: Path, n: int) -> Tabulated:
     if not isinstance(path, Tabulated):
-        raise ConfigError("this grid counts the indices of a table of betas", where="grid", seen=f"path {path}", fix="grid=linear, karras or uniform_log_snr")
+        raise ConfigError(
+            "this grid counts the indices of a table of betas",
+            where="grid",
+            seen=f"path {path}",
+            fix="grid=linear, karras or uniform_log_snr",
+        )
     if not 1 <= n <= path.steps:
         raise ConfigError(f"a table of {path.steps} has no grid of {n} steps", where="steps", fix=f"1 to {path.steps}")
     return path

@@ -100,9 +100,7 @@ def test_captions_are_true_of_what_is_read(size: int | tuple[int, int]) -> None:
 
 def test_captions_are_false_of_other_pictures() -> None:
     data = Scenes(seed=6, tasks={"binding": 1})
-    said, things = zip(
-        *((caption, scene.things) for scene, caption in map(data.scene, range(200))), strict=True
-    )
+    said, things = zip(*((caption, scene.things) for scene, caption in map(data.scene, range(200))), strict=True)
     for i in range(200):
         other = parse(said[(i + 1) % 200].text)
         assert other.matches(things[i]) == (

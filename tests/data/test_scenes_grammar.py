@@ -155,9 +155,7 @@ def test_a_diagonal_is_no_relation() -> None:
     assert not any(lies(a, relation, b) for relation in RELATIONS)
 
 
-@pytest.mark.parametrize(
-    ("task", "text"), [(task, text) for task, texts in HELD_OUT.items() for text in texts]
-)
+@pytest.mark.parametrize(("task", "text"), [(task, text) for task, texts in HELD_OUT.items() for text in texts])
 def test_held_out_captions_are_known(task: str, text: str) -> None:
     assert task in parse(text).hidden
 
@@ -168,9 +166,7 @@ def test_their_neighbours_are_shown(text: str) -> None:
 
 
 def test_about_a_tenth_of_bindings_and_places_is_held_out() -> None:
-    kinds = [
-        (colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in HIDDEN_COLOURS
-    ]
+    kinds = [(colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in HIDDEN_COLOURS]
     pairs = [(a, b) for a in kinds for b in kinds if a < b and a[0] != b[0]]
     bindings = [Caption("binding", (Phrase(1, a[1], a[0]), Phrase(1, b[1], b[0]))) for a, b in pairs]
     places = [

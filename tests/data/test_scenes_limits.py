@@ -29,7 +29,9 @@ def test_rich_captions_do_not_speak_of_bindings_that_are_held_out() -> None:
     for index in range(3000):
         _, caption = data.scene(index)
         if [phrase.count for phrase in caption.phrases] == [1, 1]:
-            pair = " and ".join(f"a {phrase.colour} {phrase.shape}".replace("a o", "an o") for phrase in caption.phrases)
+            pair = " and ".join(
+                f"a {phrase.colour} {phrase.shape}".replace("a o", "an o") for phrase in caption.phrases
+            )
             assert not parse(pair).hidden
 
 

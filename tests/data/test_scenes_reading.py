@@ -18,9 +18,7 @@ def blurred(image: Image) -> Image:
     """The mean of 3 x 3 pixels."""
     height, width = image.shape[:2]
     wide = np.pad(image.astype(float), ((1, 1), (1, 1), (0, 0)), "edge")
-    return np.rint(sum(wide[y : y + height, x : x + width] for y in range(3) for x in range(3)) / 9).astype(
-        np.uint8
-    )
+    return np.rint(sum(wide[y : y + height, x : x + width] for y in range(3) for x in range(3)) / 9).astype(np.uint8)
 
 
 def exact(told: tuple[Thing, ...], read: list[Thing], within: float = 1.0) -> bool:
@@ -31,8 +29,7 @@ def exact(told: tuple[Thing, ...], read: list[Thing], within: float = 1.0) -> bo
         same = [
             t
             for t in left
-            if (t.shape, t.colour, t.size) == kind
-            and max(abs(t.cy - thing.cy), abs(t.cx - thing.cx)) <= within
+            if (t.shape, t.colour, t.size) == kind and max(abs(t.cy - thing.cy), abs(t.cx - thing.cx)) <= within
         ]
         if not same:
             return False

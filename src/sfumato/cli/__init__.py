@@ -1,7 +1,7 @@
 """The command line. Thin: it reads arguments, calls the library, and prints. Nothing here imports torch until it must.
 
-Results go to stdout, talk to stderr. Exit codes: 0 fine, 2 usage or config, 3 environment, 4 data, 5 out of memory, 6 interrupted
-and resumable, 1 the rest. An error is told without a traceback unless --debug is given.
+Results go to stdout, talk to stderr. Exit codes: 0 fine, 2 usage or config, 3 environment, 4 data, 5 out of memory, 6
+interrupted and resumable, 1 the rest. An error is told without a traceback unless --debug is given.
 """
 
 import os
@@ -65,7 +65,10 @@ def main(argv: list[str] | None = None) -> None:
         if debug:
             raise
         what = f"{type(error).__name__}: {error}"
-        print(f"✗ something that should not happen: {what}\n  fix    run it again with --debug and report what it says", file=sys.stderr)
+        print(
+            f"✗ something that should not happen: {what}\n  fix    run it again with --debug and report what it says",
+            file=sys.stderr,
+        )
         sys.exit(1)
 
 

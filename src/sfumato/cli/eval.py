@@ -16,7 +16,9 @@ def evaluate(
     run: Path = typer.Argument(..., help="A run's folder, or a model directory.", metavar="RUN|MODEL"),
     suite: str = typer.Option("scenes", "--suite", help="What to judge by: scenes."),
     per_task: int = typer.Option(100, "--per-task", min=1, help="Prompts of each task."),
-    held_out: int = typer.Option(50, "--held-out", min=0, help="Prompts of each task on combinations that training never showed."),
+    held_out: int = typer.Option(
+        50, "--held-out", min=0, help="Prompts of each task on combinations that training never showed."
+    ),
     steps: int | None = typer.Option(None, "--steps", help="Steps of the sampler."),
     sampler: str | None = typer.Option(None, "--sampler", help="The sampler."),
     times: str | None = typer.Option(None, "--times", help="The grid of times."),
@@ -67,7 +69,11 @@ def _table(scores: dict[str, Any]) -> Table:
     hidden = scores["held_out"]
     for task, one in scores["tasks"].items():
         table.add_row(task, *_cells(one), *_cells(hidden["tasks"].get(task)))
-    table.add_row("[bold]overall", *_cells({"score": scores["overall"], **scores}), *_cells({"score": hidden["overall"], **hidden}))
+    table.add_row(
+        "[bold]overall",
+        *_cells({"score": scores["overall"], **scores}),
+        *_cells({"score": hidden["overall"], **hidden}),
+    )
     return table
 
 

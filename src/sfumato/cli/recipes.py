@@ -18,4 +18,8 @@ def recipes(json: bool = typer.Option(False, "--json", help="As JSON.")) -> None
     for row in rows:
         table.add_row(row["name"], row["summary"])
     out.print(table)
-    out.print("\nsfumato train RECIPE           trains one\nsfumato train RECIPE --print-config   shows all it sets, to copy and change", markup=False)
+    out.print(
+        "\nsfumato train RECIPE                  trains one"
+        "\nsfumato train RECIPE --print-config   shows all it sets, to copy and change",
+        markup=False,
+    )

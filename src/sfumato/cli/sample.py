@@ -10,10 +10,14 @@ from sfumato.errors import ConfigError, DataError
 
 def sample(
     run: Path = typer.Argument(..., help="A run's folder, or a model directory.", metavar="RUN|MODEL"),
-    prompts: list[str] | None = typer.Argument(None, help="What to draw. None: without a condition.", metavar="[PROMPT]..."),
+    prompts: list[str] | None = typer.Argument(
+        None, help="What to draw. None: without a condition.", metavar="[PROMPT]..."
+    ),
     n: int = typer.Option(1, "--n", "-n", min=1, help="Pictures of each prompt."),
     steps: int | None = typer.Option(None, "--steps", help="Steps of the sampler."),
-    sampler: str | None = typer.Option(None, "--sampler", help="ddim, ddpm, euler, heun, dpmpp_2m, or your own module:Name."),
+    sampler: str | None = typer.Option(
+        None, "--sampler", help="ddim, ddpm, euler, heun, dpmpp_2m, or your own module:Name."
+    ),
     times: str | None = typer.Option(None, "--times", help="The grid of times: linear, karras, shifted, ..."),
     guidance: float | None = typer.Option(None, "--guidance", help="How strongly to follow the prompt; 1 is off."),
     negative: str | None = typer.Option(None, "--negative", help="What to steer away from."),
@@ -31,7 +35,7 @@ def sample(
 
     sfumato sample runs/quickstart "a red circle left of a blue square" --n 8 --steps 20
     """
-    wanted = [*(prompts or []), *(_lines(file) if file else [])]
+    wanted: list[str | None] = [*(prompts or []), *(_lines(file) if file else [])]
     height_width = _size(size) if size else None
     from sfumato.io.pictures import unused
     from sfumato.pipeline import load
@@ -72,7 +76,9 @@ def _lines(file: Path) -> list[str]:
     except OSError as error:
         raise DataError("the file of prompts cannot be read", where=str(file), seen=error.strerror) from None
     except UnicodeDecodeError as error:
-        raise DataError("the file of prompts is not text", where=str(file), seen=str(error), fix="save it as UTF-8") from None
+        raise DataError(
+            "the file of prompts is not text", where=str(file), seen=str(error), fix="save it as UTF-8"
+        ) from None
     found = [line for line in lines if line and not line.startswith("#")]
     if not found:
         raise DataError("the file holds no prompts", where=str(file), fix="one prompt on each line")

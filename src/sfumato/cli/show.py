@@ -25,7 +25,13 @@ def say(text: str) -> None:
 @contextmanager
 def bar(name: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on stderr, told (done, of how many); nothing where nobody looks."""
-    columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=talk, disable=not talk.is_terminal, transient=True) as progress:
         task = progress.add_task(name, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

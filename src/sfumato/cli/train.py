@@ -9,12 +9,20 @@ from sfumato.errors import ConfigError
 
 
 def train(
-    source: str = typer.Argument(..., help="A recipe's name, a YAML file, or, with --resume, a run's folder.", metavar="RECIPE|FILE|RUN"),
-    overrides: list[str] | None = typer.Argument(None, help="Changes: key=value, e.g. data.path=pictures optim.lr=1e-3.", metavar="[KEY=VALUE]..."),
+    source: str = typer.Argument(
+        ..., help="A recipe's name, a YAML file, or, with --resume, a run's folder.", metavar="RECIPE|FILE|RUN"
+    ),
+    overrides: list[str] | None = typer.Argument(
+        None, help="Changes: key=value, e.g. data.path=pictures optim.lr=1e-3.", metavar="[KEY=VALUE]..."
+    ),
     resume: bool = typer.Option(False, "--resume", help="Go on with a run, from its newest whole checkpoint."),
     run: Path | None = typer.Option(None, "--run", help="The run's folder. [default: runs/NAME]"),
-    stop_after: int | None = typer.Option(None, "--stop-after", min=1, help="Save and stop after so many steps, to be resumed."),
-    print_config: bool = typer.Option(False, "--print-config", help="Print the whole configuration, and where each value comes from."),
+    stop_after: int | None = typer.Option(
+        None, "--stop-after", min=1, help="Save and stop after so many steps, to be resumed."
+    ),
+    print_config: bool = typer.Option(
+        False, "--print-config", help="Print the whole configuration, and where each value comes from."
+    ),
     json: bool = typer.Option(False, "--json", help="Print where the model is, as JSON."),
 ) -> None:
     """Train a model.
@@ -35,7 +43,9 @@ def train(
         _print(loaded, json)
         return
     if not resume and (place / "checkpoints").exists():
-        raise ConfigError("this run exists already", where=str(place), fix=f"sfumato train --resume {place}, or name=ANOTHER")
+        raise ConfigError(
+            "this run exists already", where=str(place), fix=f"sfumato train --resume {place}, or name=ANOTHER"
+        )
     from sfumato.train import train as begin
 
     model = begin(loaded.config, run=place, resume=resume, stop_after=stop_after)

@@ -1,1 +1,4 @@
-"""Data: pictures with what is known of them, in an order that is a pure function of the seed. Nothing here needs torch."""
+"""Data: pictures with what is known of them, in an order that is a pure function of the seed.
+
+Nothing here needs torch.
+"""

@@ -42,7 +42,9 @@ def report(dataset: Dataset) -> Report:
     """Looks at a source: every file of a folder is decoded; of others the captions are counted."""
     captions = [text for text, _ in zip(dataset.captions(), range(100_000), strict=False)]
     words = Counter(word for text in captions for word in text.lower().split())
-    found = Report(pictures=len(dataset), size=dataset.shape, words=len(words), longest=max(captions, key=len, default=""))
+    found = Report(
+        pictures=len(dataset), size=dataset.shape, words=len(words), longest=max(captions, key=len, default="")
+    )
     found.captioned = len(dataset)
     found.classes = list(getattr(dataset, "classes", ()))
     if isinstance(dataset, Folder):

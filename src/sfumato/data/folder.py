@@ -1,5 +1,6 @@
-"""A folder of one's own pictures. Captions come from `picture.txt` beside `picture.png`, from `metadata.jsonl` or `metadata.csv`
-(columns file_name and text, the Hugging Face "imagefolder" convention), or, without either, from the names of class folders.
+"""A folder of one's own pictures. Captions come from `picture.txt` beside `picture.png`, from `metadata.jsonl` or
+`metadata.csv` (columns file_name and text, the Hugging Face "imagefolder" convention), or, without either, from the
+names of class folders.
 
 Pictures are turned upright (EXIF), freed of transparency on white, scaled until they cover the asked-for size, and
 cropped to it in the middle.
@@ -57,7 +58,9 @@ class Folder:
         if min(self.shape) < 8:
             raise ConfigError("pictures are at least 8 px", where="data.size", seen=str(self.size), fix="data.size=64")
         if not self.entries:
-            raise DataError("no picture of this folder can be used", where=self.path, fix=f"sfumato data check {self.path}")
+            raise DataError(
+                "no picture of this folder can be used", where=self.path, fix=f"sfumato data check {self.path}"
+            )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -69,14 +72,30 @@ class Folder:
         """Every picture whose head can be read, and the others with the reason."""
         root = Path(self.path).expanduser()
         if not root.is_dir():
-            raise DataError("there is no such folder", where="data.path", seen=str(root), fix="data.path=A_FOLDER_OF_PICTURES")
-        files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and not any(part[0] == "." for part in p.relative_to(root).parts))
+            raise DataError(
+                "there is no such folder", where="data.path", seen=str(root), fix="data.path=A_FOLDER_OF_PICTURES"
+            )
+        files = sorted(
+            p
+            for p in root.rglob("*")
+            if p.suffix.lower() in SUFFIXES and not any(part[0] == "." for part in p.relative_to(root).parts)
+        )
         if not files:
-            raise DataError("the folder holds no pictures", where=str(root), seen=_contents(root), fix=f"pictures ending in {', '.join(sorted(SUFFIXES))}")
+            raise DataError(
+                "the folder holds no pictures",
+                where=str(root),
+                seen=_contents(root),
+                fix=f"pictures ending in {', '.join(sorted(SUFFIXES))}",
+            )
         faults = [(path, fault) for path in files if (fault := _fault(path))]
         if faults and self.unreadable == "error":
             named = "; ".join(f"{path.relative_to(root)}: {why}" for path, why in faults[:5])
-            raise DataError(f"{len(faults)} of {len(files)} pictures cannot be read", where=str(root), seen=named, fix="data.unreadable=skip, or remove them")
+            raise DataError(
+                f"{len(faults)} of {len(files)} pictures cannot be read",
+                where=str(root),
+                seen=named,
+                fix="data.unreadable=skip, or remove them",
+            )
         broken = {path for path, _ in faults}
         return self._captioned(root, [path for path in files if path not in broken]), faults
 
@@ -88,7 +107,11 @@ class Folder:
     def classes(self) -> tuple[str, ...]:
         """The names of the class folders, if the pictures lie in such."""
         root = Path(self.path).expanduser()
-        parents = {entry.relative_to(root).parts[0] for entry in (e.path for e in self.entries) if len(entry.relative_to(root).parts) > 1}
+        parents = {
+            entry.relative_to(root).parts[0]
+            for entry in (e.path for e in self.entries)
+            if len(entry.relative_to(root).parts) > 1
+        }
         loose = any(len(e.path.relative_to(root).parts) == 1 for e in self.entries)
         return tuple(sorted(parents)) if parents and not loose else ()
 
@@ -122,7 +145,9 @@ class Folder:
             image = fitted(self.entries[place].path, self.shape)
         except (OSError, SyntaxError, ValueError, Pillow.DecompressionBombError) as error:
             path = str(self.entries[place].path)
-            raise DataError("a picture cannot be read", where=path, seen=str(error), fix=f"sfumato data check {self.path}") from error
+            raise DataError(
+                "a picture cannot be read", where=path, seen=str(error), fix=f"sfumato data check {self.path}"
+            ) from error
         with self._guard:
             self._kept[place] = image
             while len(self._kept) * image.nbytes > self.cache * 2**20:
@@ -132,7 +157,9 @@ class Folder:
     def _captioned(self, root: Path, paths: list[Path]) -> list[Entry]:
         table = _metadata(root) if self.captions_from in ("auto", "metadata") else {}
         if self.captions_from == "metadata" and not table:
-            raise DataError("there is no metadata.jsonl or metadata.csv", where=str(root), fix="data.captions_from=auto")
+            raise DataError(
+                "there is no metadata.jsonl or metadata.csv", where=str(root), fix="data.captions_from=auto"
+            )
         names = sorted({path.relative_to(root).parts[0] for path in paths if len(path.relative_to(root).parts) > 1})
         return [self._entry(root, path, table, names) for path in paths]
 
@@ -195,7 +222,12 @@ def _metadata(root: Path) -> dict[str, str]:
     for where, row in rows:
         key = next((key for key in CAPTION_KEYS if key in row), None)
         if key is None or "file_name" not in row:
-            raise DataError("metadata needs file_name and text", where=where, seen=", ".join(map(str, row)), fix='{"file_name": "a.png", "text": "a red circle"}')
+            raise DataError(
+                "metadata needs file_name and text",
+                where=where,
+                seen=", ".join(map(str, row)),
+                fix='{"file_name": "a.png", "text": "a red circle"}',
+            )
         found[Path(str(row["file_name"])).as_posix()] = str(row[key] or "").strip()
     return found
 
@@ -204,9 +236,16 @@ def _object(line: str, where: str) -> Mapping[str, object]:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise DataError("this line is not JSON", where=where, seen=str(error), fix='{"file_name": "a.png", "text": "a red circle"}') from None
+        raise DataError(
+            "this line is not JSON", where=where, seen=str(error), fix='{"file_name": "a.png", "text": "a red circle"}'
+        ) from None
     if not isinstance(row, dict):
-        raise DataError("a line of metadata is an object", where=where, seen=line[:60], fix='{"file_name": "a.png", "text": "a red circle"}')
+        raise DataError(
+            "a line of metadata is an object",
+            where=where,
+            seen=line[:60],
+            fix='{"file_name": "a.png", "text": "a red circle"}',
+        )
     return row
 
 

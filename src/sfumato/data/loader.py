@@ -17,7 +17,7 @@ class Batch(NamedTuple):
 
     images: Image
     fields: list[Fields]
-    index: NDArray[np.int64]
+    indices: NDArray[np.int64]
     position: int
 
 
@@ -28,11 +28,18 @@ class Loader:
     holdout: samples kept out, the same ones for every position and epoch, see `held_out`.
     """
 
-    def __init__(self, dataset: Dataset, batch: int, seed: int, *, position: int = 0, workers: int = 1, holdout: int = 0) -> None:
+    def __init__(
+        self, dataset: Dataset, batch: int, seed: int, *, position: int = 0, workers: int = 1, holdout: int = 0
+    ) -> None:
         self.dataset, self.batch, self.seed, self.holdout = dataset, batch, seed, holdout
         self.n = len(dataset) - holdout
         if self.n < 1:
-            raise ConfigError("nothing is left to train on", where="validate.holdout", seen=f"{holdout} of {len(dataset)} pictures", fix="validate.holdout=0")
+            raise ConfigError(
+                "nothing is left to train on",
+                where="validate.holdout",
+                seen=f"{holdout} of {len(dataset)} pictures",
+                fix="validate.holdout=0",
+            )
         self._next, self._wanted = position, position
         self._ready: dict[int, Batch | BaseException] = {}
         self._room = threading.Semaphore(2 * workers)

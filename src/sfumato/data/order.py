@@ -1,8 +1,8 @@
 """The order in which training sees pictures: a pure function of (seed, epoch), with random access.
 
-Each epoch is another permutation of all samples, computed where it is asked for: a keyed Feistel network mixes the bits of a
-position, and positions that leave the range are mixed again until they return ("cycle walking"). It needs no memory
-and no state, so a run resumes at sample 10^9 as fast as at 0, and any number of workers agree.
+Each epoch is another permutation of all samples, computed where it is asked for: a keyed Feistel network mixes the
+bits of a position, and positions that leave the range are mixed again until they return ("cycle walking"). It needs
+no memory and no state, so a run resumes at sample 10^9 as fast as at 0, and any number of workers agree.
 """
 
 from hashlib import blake2b

@@ -37,7 +37,9 @@ def sheet(
     draw = ImageDraw.Draw(paper)
     for i, image in enumerate(images):
         left, top = i % columns * cell_w + MARGIN, i // columns * cell_h + MARGIN
-        big = Pillow.fromarray(np.ascontiguousarray(image)).resize((image.shape[1] * scale, image.shape[0] * scale), Pillow.Resampling.NEAREST)
+        big = Pillow.fromarray(np.ascontiguousarray(image)).resize(
+            (image.shape[1] * scale, image.shape[0] * scale), Pillow.Resampling.NEAREST
+        )
         if frames is not None and frames[i] is not None:
             draw.rectangle((left - 3, top - 3, left + big.width + 2, top + big.height + 2), fill=frames[i])
         paper.paste(big, (left, top))

@@ -1,9 +1,14 @@
-"""The model directory: `model.json` says what the model is, `model.safetensors` holds its weights, and beside them lie the
-conditioner's own files. Everything is covered by a manifest of digests. Nothing in it can run code when it is read.
+"""The model directory: `model.json` says what the model is, `model.safetensors` holds its weights, and beside them
+lie the conditioner's own files. Everything is covered by a manifest of digests.
+
+Reading one runs no code that is not there already: a description may name only what the catalogue lists, or the
+user's own modules in the current directory. Anything else ("module:Name" of some package) needs `trust`.
 """
 
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -13,38 +18,74 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sfumato import files
+from sfumato.config import slot_problems
 from sfumato.errors import CheckpointError
 from sfumato.model import Model, build_model
+from sfumato.registry import target_of
 
 FORMAT, VERSION = "sfumato", 1
+SPEC = ("model", "size", "sampling")
 
 
-def save_model(folder: Path, model: Model, facts: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) -> None:
+def save_model(
+    folder: Path,
+    model: Model,
+    facts: Mapping[str, Any],
+    weights: Mapping[str, Tensor] | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Writes a model directory, whole or not at all; an older one of that name is replaced.
 
-    facts: what is known of the training, kept as it is. weights: others than the model's own, an average of them say.
+    facts: what is known of the training, kept as it is. weights: others than the model's own, an average of them say;
+    those of floating point are stored as `dtype`.
     """
 
     def fill(place: Path) -> None:
-        kept = {name: value.detach().cpu().contiguous() for name, value in (weights or model.weights()).items()}
-        save_file(kept, place / "model.safetensors", {"format": "pt"})
+        save_file(
+            _stored(model.weights() if weights is None else weights, dtype),
+            place / "model.safetensors",
+            {"format": "pt"},
+        )
         extra = model.conditioner.files() if model.conditioner is not None else {}
         for name, data in extra.items():
             (place / name).write_bytes(data)
         said = {"format": FORMAT, "version": VERSION, **model.spec, "facts": dict(facts), "files": sorted(extra)}
         (place / "model.json").write_text(json.dumps(said, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
-    files.publish(folder, fill, replace=True)
+    files.publish(Path(folder), fill, replace=True)
 
 
-def load_model(folder: Path) -> Model:
-    """The model of a directory, in evaluation mode. CheckpointError for anything that is missing, altered or unfit."""
+def load_model(folder: Path, *, trust: bool = False) -> Model:
+    """The model of a directory, in evaluation mode. CheckpointError for anything that is missing, altered or unfit.
+
+    trust: also run code that the description names and that is neither ours nor in the current directory.
+    """
     folder = Path(folder)
     said = read_description(folder)
     files.verify(folder)
-    spec = {key: said[key] for key in ("model", "size", "sampling")}
-    model = build_model(spec, files={name: (folder / name).read_bytes() for name in said["files"]})
+    if not trust and (
+        foreign := [target for target in _targets([said[key] for key in SPEC]) if not _own(target, folder)]
+    ):
+        what = "this model needs code that is neither in sfumato nor in the current directory"
+        raise CheckpointError(
+            what, where=str(folder), seen=", ".join(foreign), fix="read that code, then: sfumato.load(path, trust=True)"
+        )
+    if problems := list(slot_problems({"model": said["model"], "sampling": said["sampling"]})):
+        seen = "; ".join(f"{one.where} {one.what}" + (f" ({one.seen})" if one.seen else "") for one in problems)
+        raise CheckpointError(
+            "model.json describes no model of this version", where=str(folder / "model.json"), seen=seen
+        )
+    try:
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # weights are initialised, and then overwritten: no business of the caller's
+            model = build_model({key: said[key] for key in SPEC}, files=_kept(folder, said["files"]))
+    except (KeyError, TypeError, ValueError) as error:
+        seen = f"{type(error).__name__}: {error}"
+        raise CheckpointError("model.json describes no model", where=str(folder / "model.json"), seen=seen) from error
     fill_weights(model, read_weights(folder / "model.safetensors"), str(folder))
+    model.facts = dict(said.get("facts", {}))
     return model.eval().requires_grad_(False)
 
 
@@ -53,16 +94,24 @@ def read_description(folder: Path) -> dict[str, Any]:
     path = Path(folder) / "model.json"
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError("this is no model directory", where=str(folder), seen="no model.json", fix="a run's folder, or its model/") from None
-    except ValueError as error:
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(
+            "this is no model directory", where=str(folder), seen="no model.json", fix="a run's folder, or its model/"
+        ) from None
+    except (OSError, ValueError) as error:
         raise CheckpointError("model.json cannot be read", where=str(path), seen=str(error)) from None
-    if said.get("format") != FORMAT or said.get("version") != VERSION:
-        seen = f"format {said.get('format')!r}, version {said.get('version')!r}"
-        raise CheckpointError("a model of another kind", where=str(path), seen=seen, fix=f"format {FORMAT!r}, version {VERSION}")
-    if missing := [key for key in ("model", "size", "sampling", "files") if key not in said]:
+    if not isinstance(said, dict) or said.get("format") != FORMAT or said.get("version") != VERSION:
+        seen = (
+            f"format {said.get('format')!r}, version {said.get('version')!r}"
+            if isinstance(said, dict)
+            else type(said).__name__
+        )
+        raise CheckpointError(
+            "a model of another kind", where=str(path), seen=seen, fix=f"format {FORMAT!r}, version {VERSION}"
+        )
+    if missing := [key for key in (*SPEC, "files") if key not in said]:
         raise CheckpointError("model.json is incomplete", where=str(path), seen=f"no {', '.join(missing)}")
-    return dict(said)
+    return said
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -82,8 +131,51 @@ def fill_weights(model: Model, weights: Mapping[str, Tensor], where: str) -> Non
         if own[name].shape != weights[name].shape:
             faults.append(f"{name} is {list(weights[name].shape)}, not {list(own[name].shape)}")
     if faults:
-        shown = "; ".join(sorted(faults)[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
-        raise CheckpointError("weights do not fit the model", where=where, seen=shown)
+        raise CheckpointError(
+            f"weights do not fit the model in {len(faults)} places", where=where, seen="; ".join(sorted(faults))
+        )
     with torch.no_grad():
         for name, value in own.items():
             value.copy_(weights[name])
+
+
+def _stored(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """On the CPU, each with memory of its own: the format knows no tied weights, so they are stored twice."""
+    kept: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in weights.items():
+        value = value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype).contiguous()
+        place = value.untyped_storage().data_ptr()
+        kept[name] = value.clone() if place in seen else value
+        seen.add(place)
+    return kept
+
+
+def _kept(folder: Path, names: list[str]) -> dict[str, bytes]:
+    """The conditioner's own files, by plain name."""
+    if paths := [name for name in names if Path(name).name != name]:
+        raise CheckpointError("a model's files lie beside it", where=str(folder / "model.json"), seen=", ".join(paths))
+    try:
+        return {name: (folder / name).read_bytes() for name in names}
+    except OSError as error:
+        raise CheckpointError("a file of the model cannot be read", where=str(folder), seen=str(error)) from None
+
+
+def _targets(value: Any) -> Iterator[str]:
+    """Every "module:Name" in a description."""
+    if isinstance(value, str) and target_of(value, {}) is not None:
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _targets(list(value.values()))
+    elif isinstance(value, list):
+        yield from (target for one in value for target in _targets(one))
+
+
+def _own(target: str, folder: Path) -> bool:
+    """Whether a target is the user's own: found in the current directory, and not a part of what is being read."""
+    top = target.partition(":")[0].partition(".")[0]
+    spec = PathFinder.find_spec(top, [str(Path.cwd())])
+    if spec is None or spec.origin is None:
+        return False
+    file, imported = Path(spec.origin).resolve(), getattr(sys.modules.get(top), "__file__", spec.origin)
+    return folder.resolve() not in file.parents and imported is not None and Path(imported).resolve() == file

@@ -1,8 +1,8 @@
 """The scenes suite: draw what prompts say, read the pictures back, count.
 
-A picture is a hit when the recogniser finds in it exactly what its prompt describes: every object, with its colour, size and place where
-they are named, and nothing else. Six tasks, as in GenEval (Ghosh et al. 2023), each on combinations that training showed and on
-such that it never did; the overall score is the unweighted mean of the tasks.
+A picture is a hit when the recogniser finds in it exactly what its prompt describes: every object, with its colour,
+size and place where they are named, and nothing else. Six tasks, as in GenEval (Ghosh et al. 2023), each on
+combinations that training showed and on such that it never did; the overall score is the unweighted mean of the tasks.
 """
 
 import time
@@ -79,7 +79,9 @@ def evaluate(
     if min(pipeline.model.size) < 32:
         raise ConfigError("scenes are at least 32 px", where="the model's size", seen=str(pipeline.model.size))
     if per_task < 1 or held_out < 0:
-        raise ConfigError("at least one prompt a task is needed", where="per_task", seen=str(per_task), fix="--per-task 100")
+        raise ConfigError(
+            "at least one prompt a task is needed", where="per_task", seen=str(per_task), fix="--per-task 100"
+        )
     started = time.perf_counter()
     asked = [(c, False) for task in TASKS for c in prompts(task, per_task, seed=seed)]
     asked += [(c, True) for task in TASKS for c in prompts(task, held_out, held_out=True, seed=seed)]

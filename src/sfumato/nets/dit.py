@@ -6,6 +6,7 @@ gates start at zero, so a fresh network is the identity along its residual strea
 `text="cross"`: a cross-attention in every block, as in PixArt-alpha. `skips` adds U-ViT's long connections.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -78,7 +79,7 @@ class DiT(nn.Module):
         self.pooled = nn.Linear(config.pooled_dim, dim) if config.pooled_dim else None
         self.context = nn.Linear(config.context_dim, dim) if config.context_dim else None
         self.shared = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim)) if config.adaln == "shared" else None
-        self.blocks = nn.ModuleList(
+        self.blocks: Iterable[Block] = nn.ModuleList(  # type: ignore[assignment]
             Block(config, skip=config.skips and i >= (config.depth + 1) // 2) for i in range(config.depth)
         )
         self.head = Head(dim, area * (config.out_channels or config.in_channels))
@@ -144,7 +145,9 @@ class DiT(nn.Module):
         height, width = x.shape[-2:]
         if height % self.config.patch or width % self.config.patch:
             fix = f"sizes that are multiples of {self.config.patch}"
-            raise ConfigError("a picture is not a whole number of patches", where="size", seen=f"{height}x{width}", fix=fix)
+            raise ConfigError(
+                "a picture is not a whole number of patches", where="size", seen=f"{height}x{width}", fix=fix
+            )
         return height // self.config.patch, width // self.config.patch
 
     def _initialise(self) -> None:
@@ -152,9 +155,9 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for table in (self.time.mlp[0], self.time.mlp[2], self.label):
-            if table is not None:
-                nn.init.normal_(table.weight, std=0.02)
+        for module in (*self.time.mlp, self.label):
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
         zeroed(self.head)
         for block in self.blocks:
             block.zero()
@@ -189,7 +192,9 @@ class Block(nn.Module):
     ) -> Tensor:
         if self.skip is not None and skip is not None:
             x = self.skip(torch.cat([x, skip], -1))
-        six = self.modulation(summary) if self.modulation is not None else summary + self.offset
+        six = summary if self.modulation is None else self.modulation(summary)
+        if self.offset is not None:
+            six = six + self.offset
         shift1, scale1, gate1, shift2, scale2, gate2 = six.chunk(6, -1)
         seen = self.attention(modulated(self.norm1(x), shift1, scale1), mask=None if self.cross else mask, rope=rope)
         x = x + gate1[:, None] * self.dropout(seen)
@@ -238,8 +243,22 @@ def _checked(config: DiTConfig) -> None:
     height, width = (config.size, config.size) if isinstance(config.size, int) else config.size
     where = "model.net"
     if height % config.patch or width % config.patch:
-        raise ConfigError("the size is not a whole number of patches", where=f"{where}.patch", seen=f"size {height}x{width}, patch {config.patch}", fix=f"{where}.patch=2")
+        raise ConfigError(
+            "the size is not a whole number of patches",
+            where=f"{where}.patch",
+            seen=f"size {height}x{width}, patch {config.patch}",
+            fix=f"{where}.patch=2",
+        )
     if config.dim % config.heads:
-        raise ConfigError("the width does not divide into the heads", where=f"{where}.heads", seen=f"dim {config.dim}, heads {config.heads}", fix=f"a divisor of {config.dim}")
+        raise ConfigError(
+            "the width does not divide into the heads",
+            where=f"{where}.heads",
+            seen=f"dim {config.dim}, heads {config.heads}",
+            fix=f"a divisor of {config.dim}",
+        )
     if config.dim % 4 or (config.positions == "rope" and (config.dim // config.heads) % 4):
-        raise ConfigError("positions in a plane need widths that are multiples of 4", where=f"{where}.dim", seen=f"dim {config.dim}, heads {config.heads}")
+        raise ConfigError(
+            "positions in a plane need widths that are multiples of 4",
+            where=f"{where}.dim",
+            seen=f"dim {config.dim}, heads {config.heads}",
+        )

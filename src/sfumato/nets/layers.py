@@ -28,7 +28,7 @@ class TimeEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t: Tensor) -> Tensor:
-        out: Tensor = self.mlp(sinusoid(t, self.frequencies).to(self.mlp[0].weight.dtype))
+        out: Tensor = self.mlp(sinusoid(t, self.frequencies).to(next(self.mlp.parameters()).dtype))
         return out
 
 
@@ -42,7 +42,8 @@ def sincos_2d(height: int, width: int, dim: int) -> Tensor:
 
 
 def rope_2d(height: int, width: int, dim: int, before: int = 0, theta: float = 100.0) -> tuple[Tensor, Tensor]:
-    """Axial rotary positions for one head of `dim` channels: cosines and sines, each (before + height * width, dim / 2).
+    """Axial rotary positions for one head of `dim` channels: cosines and sines, each (before + height * width, dim /
+    2).
 
     A quarter of the channel pairs' frequencies serve rows, the rest columns, half each; the `before` leading tokens
     (text) stay unrotated. Su et al. 2021, axial as in EVA-02 and FLUX.
@@ -70,7 +71,9 @@ class Attention(nn.Module):
     attention logits bounded however large the learning rate.
     """
 
-    def __init__(self, dim: int, heads: int, *, context_dim: int = 0, extra_dim: int = 0, qk_norm: bool = False) -> None:
+    def __init__(
+        self, dim: int, heads: int, *, context_dim: int = 0, extra_dim: int = 0, qk_norm: bool = False
+    ) -> None:
         super().__init__()
         self.heads, self.crosses = heads, context_dim > 0
         self.q = nn.Linear(dim, dim)

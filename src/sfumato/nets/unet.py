@@ -68,7 +68,9 @@ class UNet(nn.Module):
         self.pooled = nn.Linear(config.pooled_dim, dim) if config.pooled_dim else None
         self.entry = nn.Conv2d(config.in_channels * area, widths[0], 3, padding=1)
         self.down, kept = self._way_down(dim)
-        self.middle = nn.ModuleList([Stage(config, widths[-1], widths[-1], dim, config.middle), Stage(config, widths[-1], widths[-1], dim, 0)])
+        self.middle = nn.ModuleList(
+            [Stage(config, widths[-1], widths[-1], dim, config.middle), Stage(config, widths[-1], widths[-1], dim, 0)]
+        )
         self.up = self._way_up(dim, kept)
         self.norm = nn.GroupNorm(_groups(widths[0]), widths[0], eps=1e-5)
         self.exit = zeroed(nn.Conv2d(widths[0], (config.out_channels or config.in_channels) * area, 3, padding=1))
@@ -125,7 +127,9 @@ class UNet(nn.Module):
         config, stages, width = self.config, nn.ModuleList(), self.config.channels[-1]
         for level in reversed(range(len(config.channels))):
             for _ in range(config.per_level[level] + 1):
-                stage = Stage(config, width + kept.pop(), config.channels[level], dim, config.attention[level], joins=True)
+                stage = Stage(
+                    config, width + kept.pop(), config.channels[level], dim, config.attention[level], joins=True
+                )
                 stages.append(stage)
                 width = config.channels[level]
             if level:
@@ -145,7 +149,12 @@ class UNet(nn.Module):
         height, width = x.shape[-2:]
         whole = self.config.patch * 2 ** (len(self.config.channels) - 1)
         if height % whole or width % whole:
-            raise ConfigError("a picture cannot be halved as often as this U-Net does", where="size", seen=f"{height}x{width}", fix=f"sizes that are multiples of {whole}")
+            raise ConfigError(
+                "a picture cannot be halved as often as this U-Net does",
+                where="size",
+                seen=f"{height}x{width}",
+                fix=f"sizes that are multiples of {whole}",
+            )
 
 
 class Stage(nn.Module):
@@ -222,7 +231,9 @@ class AttentionLayer(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.attention = Attention(width, heads, extra_dim=extra, qk_norm=config.qk_norm)
         self.cross_norm = nn.LayerNorm(width) if crosses else None
-        self.cross = Attention(width, heads, context_dim=config.context_dim, qk_norm=config.qk_norm) if crosses else None
+        self.cross = (
+            Attention(width, heads, context_dim=config.context_dim, qk_norm=config.qk_norm) if crosses else None
+        )
         self.feed_norm = nn.LayerNorm(width) if config.feed else None
         self.feed = FeedForward(width) if config.feed else None
         for last in (self.attention.out, self.cross and self.cross.out, self.feed and self.feed.down):
@@ -242,20 +253,34 @@ class AttentionLayer(nn.Module):
 
 
 def _groups(width: int) -> int:
-    return next(groups for groups in (32, 16, 8, 4, 2, 1) if width % groups == 0 and width // groups >= 4 or groups == 1)
+    return next(
+        groups for groups in (32, 16, 8, 4, 2, 1) if (width % groups == 0 and width // groups >= 4) or groups == 1
+    )
 
 
 def _checked(config: UNetConfig) -> None:
     where, levels = "model.net", len(config.channels)
     for name, given in (("attention", config.attention), ("blocks", config.per_level)):
         if len(given) != levels:
-            raise ConfigError(f"{name} needs one number a level", where=f"{where}.{name}", seen=f"{list(given)} for {levels} levels")
+            raise ConfigError(
+                f"{name} needs one number a level", where=f"{where}.{name}", seen=f"{list(given)} for {levels} levels"
+            )
     height, width = (config.size, config.size) if isinstance(config.size, int) else config.size
     whole = config.patch * 2 ** (levels - 1)
     if height % whole or width % whole:
-        raise ConfigError("the size cannot be halved as often as this U-Net does", where=f"{where}.channels", seen=f"size {height}x{width}, {levels} levels, patch {config.patch}", fix=f"sizes that are multiples of {whole}")
+        raise ConfigError(
+            "the size cannot be halved as often as this U-Net does",
+            where=f"{where}.channels",
+            seen=f"size {height}x{width}, {levels} levels, patch {config.patch}",
+            fix=f"sizes that are multiples of {whole}",
+        )
     if any(c % 4 for c in config.channels):
         raise ConfigError("widths must be multiples of 4", where=f"{where}.channels", seen=str(list(config.channels)))
     heads = [c for c, n in zip(config.channels, config.attention, strict=True) if n or c == config.channels[-1]]
     if any(c % max(1, c // config.head) for c in heads):
-        raise ConfigError("a width does not divide into heads", where=f"{where}.head", seen=f"channels {heads}, head {config.head}", fix=f"{where}.head=32")
+        raise ConfigError(
+            "a width does not divide into heads",
+            where=f"{where}.head",
+            seen=f"channels {heads}, head {config.head}",
+            fix=f"{where}.head=32",
+        )

@@ -50,7 +50,12 @@ class Table:
     def of(cls, path: Path, times: Tensor) -> "Table":
         """times: (n + 1,), falling. Raises ConfigError if they do not fall or leave [0, 1]."""
         times = times.detach().to("cpu", torch.float64)
-        if times.ndim != 1 or len(times) < 2 or bool((times.diff() >= 0).any()) or not 0 <= float(times[-1]) <= float(times[0]) <= 1:
+        if (
+            times.ndim != 1
+            or len(times) < 2
+            or bool((times.diff() >= 0).any())
+            or not 0 <= float(times[-1]) <= float(times[0]) <= 1
+        ):
             raise ConfigError(
                 "the times of a sampler must fall from at most 1 to at least 0, two of them or more",
                 where="times",
@@ -94,7 +99,11 @@ class SeededNoise:
     def __call__(self, like: Tensor) -> Tensor:
         """Standard normal, of the shape, dtype and device of `like`, whose batch must be one row a seed."""
         if len(like) != len(self.generators):
-            raise ConfigError("one seed a picture is needed", where="seeds", seen=f"{len(self.generators)} seeds for {len(like)} pictures")
+            raise ConfigError(
+                "one seed a picture is needed",
+                where="seeds",
+                seen=f"{len(self.generators)} seeds for {len(like)} pictures",
+            )
         dtype = torch.promote_types(like.dtype, torch.float32)
         rows = [torch.randn(like.shape[1:], generator=g, dtype=dtype) for g in self.generators]
         return torch.stack(rows).to(like.device, like.dtype)

@@ -15,7 +15,12 @@ from sfumato.samplers.core import Ask, Noise, Running, Table, ddim_step
 def ddim(path: Path, x: Tensor, times: Tensor, noise: Noise = torch.randn_like, *, eta: float = 0.0) -> Running:
     """eta = 0 is deterministic; eta = 1 is DDPM's ancestral step with the posterior's variance, on any grid."""
     if not 0 <= eta <= 1:
-        raise ConfigError("DDIM's eta lies between 0 and 1", where="sampler.eta", seen=f"{eta:g}", fix="eta=0 (deterministic) or eta=1 (ancestral)")
+        raise ConfigError(
+            "DDIM's eta lies between 0 and 1",
+            where="sampler.eta",
+            seen=f"{eta:g}",
+            fix="eta=0 (deterministic) or eta=1 (ancestral)",
+        )
     table = Table.of(path, times)
     alpha, sigma = table.alpha, table.sigma
     for i in table.steps:

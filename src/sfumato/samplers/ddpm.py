@@ -26,7 +26,9 @@ def ddpm(
 ) -> Running:
     """clip: clamp x0 to [-clip, clip] before the mean is formed, as pixel models do; never for latents."""
     if variance not in ("small", "large"):
-        raise ConfigError(f"DDPM has no variance {variance!r}", where="sampler.variance", fix="variance=small or variance=large")
+        raise ConfigError(
+            f"DDPM has no variance {variance!r}", where="sampler.variance", fix="variance=small or variance=large"
+        )
     table = Table.of(path, times)
     alpha, sigma = table.alpha, table.sigma
     for i in table.steps:

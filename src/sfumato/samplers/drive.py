@@ -84,9 +84,11 @@ def _answers(jobs: Sequence[Job], asks: dict[int, Ask], forward: Forward) -> dic
     for rows in groups.values():
         x = torch.cat([ask.x for _, ask, _ in rows])
         dtype = torch.promote_types(x.dtype, torch.float32)
-        t = torch.tensor([ask.t for _, ask, _ in rows for _ in range(len(ask.x))], dtype=dtype).to(x.device, non_blocking=True)
+        t = torch.tensor([ask.t for _, ask, _ in rows for _ in range(len(ask.x))], dtype=dtype).to(
+            x.device, non_blocking=True
+        )
         x0 = forward(x, t, joined([branch.cond for _, _, branch in rows]))
-        for (i, _, _), part in zip(rows, x0.split([len(ask.x) for _, ask, _ in rows]), strict=True):
+        for (i, _, _), part in zip(rows, torch.split(x0, [len(ask.x) for _, ask, _ in rows]), strict=True):
             answers[i].append(part)
     return answers
 
@@ -94,5 +96,9 @@ def _answers(jobs: Sequence[Job], asks: dict[int, Ask], forward: Forward) -> dic
 def _answerable(ask: Ask, denoise: Denoise | None) -> Ask:
     answers: tuple[str, ...] = getattr(denoise, "answers", ("x0",))
     if ask.to is not None and ask.to not in answers:
-        raise ConfigError(f"this sampler needs a model that answers {ask.to!r}", where="sampler", seen=f"a model that answers {', '.join(answers)}")
+        raise ConfigError(
+            f"this sampler needs a model that answers {ask.to!r}",
+            where="sampler",
+            seen=f"a model that answers {', '.join(answers)}",
+        )
     return ask

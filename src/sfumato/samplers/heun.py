@@ -37,7 +37,7 @@ def heun(
             x = torch.add(x * scale, noise(x), alpha=churn_noise * math.sqrt(max(added, 0.0)))
         x0 = yield Ask(x, table.t[start])
         step = ddim_step(x, x0, table, start, start + 1)
-        if i == last and table.sigma[start + 1] == 0 or table.alpha[start] == 0:
+        if (i == last and table.sigma[start + 1] == 0) or table.alpha[start] == 0:
             x = step  # at the data there is nothing to ask, at pure noise sigma / alpha is infinite: one slope it is
             continue
         ahead = yield Ask(step, table.t[start + 1])

@@ -1,5 +1,5 @@
-"""Checkpoints: folders `step-00001000` that appear whole, with weights, averages and optimizer as safetensors, counters as JSON, and a
-manifest of digests. A damaged one is named and the one before it is used.
+"""Checkpoints: folders `step-00001000` that appear whole, with weights, averages and optimizer as safetensors,
+counters as JSON, and a manifest of digests. A damaged one is named and the one before it is used.
 """
 
 import json
@@ -61,12 +61,14 @@ def newest(folder: Path, tell: Callable[[str], None]) -> tuple[Path, State]:
         except CheckpointError as error:
             tell(f"{path.name} is not used: {error.what} ({error.where}, {error.seen})")
     seen = ", ".join(path.name for path in candidates) or "no checkpoints"
-    raise CheckpointError("there is nothing whole to resume from", where=str(folder), seen=seen, fix="start again under another name")
+    raise CheckpointError(
+        "there is nothing whole to resume from", where=str(folder), seen=seen, fix="start again under another name"
+    )
 
 
 def optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """An optimizer's tensors, by the parameter's name and the slot's."""
-    names = {p: name for name, p in model.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     return {
         f"{names[p]}|{slot}": value if isinstance(value, Tensor) else torch.tensor(value)
         for p, slots in optimizer.state.items()

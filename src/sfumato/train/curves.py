@@ -23,7 +23,10 @@ class Curve(NamedTuple):
 
 
 def plot(path: Path, title: str, curves: Sequence[Curve], x_label: str, *, log_y: bool = False) -> None:
-    """Draws curves with axes, ticks and a legend into a PNG. Points that are not finite, or not positive, are left out."""
+    """Draws curves with axes, ticks and a legend into a PNG.
+
+    Points that are not finite, or not positive, are left out.
+    """
     kept = [_finite(curve, log_y) for curve in curves]
     kept = [curve for curve in kept if curve.x]
     if not kept:
@@ -95,11 +98,15 @@ def _axes(
         y = _up(value, y_range, log_y)
         draw.line((LEFT * SCALE, y, (WIDTH - RIGHT) * SCALE, y), GRID, SCALE)
         draw.text(((LEFT - 8) * SCALE, y), f"{value:.4g}", INK, font, anchor="rm")
-    draw.rectangle((LEFT * SCALE, TOP * SCALE, (WIDTH - RIGHT) * SCALE, (HEIGHT - BOTTOM) * SCALE), outline=INK, width=SCALE)
+    draw.rectangle(
+        (LEFT * SCALE, TOP * SCALE, (WIDTH - RIGHT) * SCALE, (HEIGHT - BOTTOM) * SCALE), outline=INK, width=SCALE
+    )
     draw.text(((WIDTH + LEFT) / 2 * SCALE, (HEIGHT - 8) * SCALE), x_label, INK, font, anchor="mb")
 
 
-def _legend(draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, curves: Sequence[Curve]) -> None:
+def _legend(
+    draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, curves: Sequence[Curve]
+) -> None:
     for i, curve in enumerate(curves):
         y = (TOP + 14 + 18 * i) * SCALE
         draw.line(((WIDTH - 190) * SCALE, y, (WIDTH - 165) * SCALE, y), COLOURS[i % len(COLOURS)], 3 * SCALE)

@@ -21,7 +21,9 @@ class EMA:
     def update(self, weights: Sequence[Tensor], n: int) -> None:
         """Takes in the weights after update number n (from 0)."""
         decay = min(self.section.decay, (1 + n) / (10 + n)) if self.section.warmup else self.section.decay
-        torch._foreach_lerp_(self.average, [w.to(a.dtype) for w, a in zip(weights, self.average, strict=True)], 1 - decay)
+        torch._foreach_lerp_(
+            self.average, [w.to(a.dtype) for w, a in zip(weights, self.average, strict=True)], 1 - decay
+        )
 
     def state(self) -> dict[str, Tensor]:
         """The averages by name."""

@@ -1,7 +1,7 @@
 """Guards against two ways in which runs are lost: gradients that are not finite, and losses far out of line.
 
-A loss is judged by its distance from the median of the last ones, in units of their median absolute deviation: both stay
-put however wild a few of them are, so one spike does not hide the next.
+A loss is judged by its distance from the median of the last ones, in units of their median absolute deviation: both
+stay put however wild a few of them are, so one spike does not hide the next.
 """
 
 from collections import deque

@@ -1,5 +1,5 @@
-"""Randomness by address: every draw of a run is a pure function of (seed, purpose, step, ...), so there is no generator whose state
-must be saved, and resuming, skipping or re-doing a step draws what it drew, or would have drawn.
+"""Randomness by address: every draw of a run is a pure function of (seed, purpose, step, ...), so there is no
+generator whose state must be saved, and resuming, skipping or re-doing a step draws what it drew, or would have drawn.
 """
 
 from hashlib import blake2b

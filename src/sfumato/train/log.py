@@ -1,5 +1,5 @@
-"""What a run tells: a progress line with rate and remaining time, plain lines where there is no terminal, `metrics.jsonl` for programs,
-and the loss curve as a picture.
+"""What a run tells: a progress line with rate and remaining time, plain lines where there is no terminal,
+`metrics.jsonl` for programs, and the loss curve as a picture.
 """
 
 import json
@@ -43,7 +43,9 @@ class Log:
         self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._progress.stop()
         self._file.close()
         self._text.close()
@@ -98,7 +100,13 @@ class Log:
         if held:
             shown = [held[0], held[len(held) // 2], held[-1]] if len(held) > 2 else held
             by = [Curve(f"step {row['step']}", *zip(*row["by_noise"], strict=True)) for row in shown]  # type: ignore[arg-type]
-            plot(self.run / "loss_by_noise.png", f"{self.run.name}: error by time", by, "time (0 data, 1 noise)", log_y=True)
+            plot(
+                self.run / "loss_by_noise.png",
+                f"{self.run.name}: error by time",
+                by,
+                "time (0 data, 1 noise)",
+                log_y=True,
+            )
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -118,5 +126,3 @@ def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-

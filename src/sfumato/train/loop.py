@@ -1,4 +1,6 @@
-"""The life of a run around its steps: its folder, its lock, the signals that stop it, and a memory that is too small."""
+"""The life of a run around its steps: its folder, its lock, the signals that stop it, and a memory that is too
+small.
+"""
 
 import signal
 import threading
@@ -20,16 +22,20 @@ from sfumato.train.run import Run
 def train(config: Config, *, run: str | Path, resume: bool = False, stop_after: int | None = None) -> Path:
     """Trains, or goes on training, in the folder `run`; returns its `model/`.
 
-    stop_after: save and stop after so many steps of this call, as an interruption would (for machines lent by the hour).
-    Raises ConfigError if the folder holds another run, Interrupted when it was stopped and can be resumed,
+    stop_after: save and stop after so many steps of this call, as an interruption would (for machines lent by the
+    hour). Raises ConfigError if the folder holds another run, Interrupted when it was stopped and can be resumed,
     CheckpointError if there is nothing whole to resume from, DataError if the data or the gradients are unusable.
     """
     folder = Path(run)
     begun = (folder / "checkpoints").exists()
     if begun and not resume:
-        raise ConfigError("this run exists already", where=str(folder), fix=f"sfumato train --resume {folder}, or name=ANOTHER")
+        raise ConfigError(
+            "this run exists already", where=str(folder), fix=f"sfumato train --resume {folder}, or name=ANOTHER"
+        )
     if resume and not begun:
-        raise ConfigError("there is no run to resume", where=str(folder), seen="no checkpoints", fix="leave --resume out")
+        raise ConfigError(
+            "there is no run to resume", where=str(folder), seen="no checkpoints", fix="leave --resume out"
+        )
     with _stop_signal() as stopping, _explained_memory(config):
         made = Run(config, folder, resume)
         with files.lock(folder), made.loader_closed():
@@ -66,4 +72,6 @@ def _explained_memory(config: Config) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         half = max(1, config.batch // 2)
         fix = f"batch={half} accumulate={config.accumulate * 2}, which trains the same, or checkpointing=true"
-        raise MemoryShortage("the device has too little memory", where="training", seen=str(error).splitlines()[0], fix=fix) from error
+        raise MemoryShortage(
+            "the device has too little memory", where="training", seen=str(error).splitlines()[0], fix=fix
+        ) from error

@@ -23,7 +23,8 @@ def adamw(
     weight_decay: float = 0.01,
 ) -> Optimizer:
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019), which spares biases, norms and embeddings."""
-    decayed, spared = [], []
+    decayed: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
     for name, p in _trained(model).items():
         (decayed if p.ndim > 1 and not _is_table(name) else spared).append(p)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
@@ -39,8 +40,11 @@ def muon(
     weight_decay: float = 0.01,
     iterations: int = 5,
 ) -> Optimizer:
-    """Muon for the matrices and kernels inside the network, AdamW for embeddings, biases, and the first and last layers."""
-    inner, outer = [], []
+    """Muon for the matrices and kernels inside the network, AdamW for embeddings, biases, and the first and
+    last layers.
+    """
+    inner: list[nn.Parameter] = []
+    outer: list[nn.Parameter] = []
     for name, p in _trained(model).items():
         outside = p.ndim < 2 or any(part in OUTSIDE for part in name.split("."))
         (outer if outside else inner).append(p)
@@ -48,7 +52,9 @@ def muon(
         {"params": inner, "orthogonal": True, "weight_decay": weight_decay},
         {"params": outer, "orthogonal": False, "weight_decay": 0.0},
     ]
-    return Muon([group for group in groups if group["params"]], lr, momentum=momentum, betas=betas, iterations=iterations)
+    return Muon(
+        [group for group in groups if group["params"]], lr, momentum=momentum, betas=betas, iterations=iterations
+    )
 
 
 def build_optimizer(model: nn.Module, config: Config) -> Optimizer:
@@ -59,7 +65,9 @@ def build_optimizer(model: nn.Module, config: Config) -> Optimizer:
 
 
 def learning_rate(update: int, config: Config) -> float:
-    """The rate of update number `update` (from 0): a linear rise, a plateau, and the decay over the last part of `steps`."""
+    """The rate of update number `update` (from 0): a linear rise, a plateau, and the decay over the last part
+    of `steps`.
+    """
     optim, total = config.optim, config.steps
     rate = optim.lr * min(1.0, (update + 1) / max(1, optim.warmup))
     start = total * (1 - optim.decay_fraction)

@@ -1,7 +1,8 @@
 """A run: its parts, its steps, what it shows of itself, and what it keeps.
 
-Its state is weights, averages, optimizer and a few counters; all randomness is addressed by step (`sfumato.train.keys`) and the
-data by position. So a run that was stopped continues bit for bit, and a step that was skipped stays skipped.
+Its state is weights, averages, optimizer and a few counters; all randomness is addressed by step
+(`sfumato.train.keys`) and the data by position. So a run that was stopped continues bit for bit, and a step that was
+skipped stays skipped.
 """
 
 import shutil
@@ -56,11 +57,16 @@ class Run:
         self.step = self.updates = self.images = 0
         told = self._restore() if resume else []
         self.loader = Loader(
-            self.dataset, config.batch, config.seed, position=self.images, workers=config.workers, holdout=config.validate_.holdout
+            self.dataset,
+            config.batch,
+            config.seed,
+            position=self.images,
+            workers=config.workers,
+            holdout=config.validate_.holdout,
         )
         self.validation = self._validation()
         if hasattr(self.model.net, "checkpointing"):
-            self.model.net.checkpointing = config.checkpointing
+            self.model.net.checkpointing = config.checkpointing  # type: ignore[assignment]
         if config.compile:
             _compile(self.model.net, self.device)
         folder.mkdir(parents=True, exist_ok=True)
@@ -134,7 +140,9 @@ class Run:
         """Weights, averages and optimizer as in the last checkpoint; the data goes on."""
         self.guard.rollbacks += 1
         if self.guard.rollbacks > ROLLBACKS:
-            raise DataError(f"the loss still jumps after {ROLLBACKS} rollbacks", where=f"step {self.step}", fix="a smaller optim.lr")
+            raise DataError(
+                f"the loss still jumps after {ROLLBACKS} rollbacks", where=f"step {self.step}", fix="a smaller optim.lr"
+            )
         path, state = checkpoint.newest(self.folder / "checkpoints", self.log.say)
         self._adopt(state)
         self.updates = int(state.plain["updates"])
@@ -170,7 +178,9 @@ class Run:
 
     @contextmanager
     def _average_weights(self) -> Iterator[None]:
-        """The first average in place of the weights, in evaluation mode, uncompiled: other shapes would compile anew."""
+        """The first average in place of the weights, in evaluation mode, uncompiled: other shapes would
+        compile anew.
+        """
         started = time.perf_counter()
         self.model.eval()
         with self.averages[0].applied(list(self.weights.values())), torch.compiler.set_stance("force_eager"):
@@ -202,7 +212,12 @@ class Run:
         told: list[str] = []
         path, state = checkpoint.newest(self.folder / "checkpoints", told.append)
         if state.plain["model"] != self.section["model"]:
-            raise ConfigError("a run cannot go on with another model", where="model", seen=str(path), fix="name=ANOTHER, without --resume")
+            raise ConfigError(
+                "a run cannot go on with another model",
+                where="model",
+                seen=str(path),
+                fix="name=ANOTHER, without --resume",
+            )
         self._adopt(state)
         self.step, self.updates, self.images = (int(state.plain[name]) for name in ("step", "updates", "images"))
         self.guard.restore(dict(state.plain["guard"]))
@@ -213,7 +228,9 @@ class Run:
         """Weights, averages and optimizer of a checkpoint."""
         own, kept = self.model.weights(), state.tensors["model"]
         if own.keys() != kept.keys() or any(own[name].shape != kept[name].shape for name in own):
-            raise CheckpointError("a checkpoint does not fit the model", where=str(self.folder), seen="other weights", fix="name=ANOTHER")
+            raise CheckpointError(
+                "a checkpoint does not fit the model", where=str(self.folder), seen="other weights", fix="name=ANOTHER"
+            )
         with torch.no_grad():
             for name, value in own.items():
                 value.copy_(kept[name])
@@ -228,18 +245,26 @@ class Run:
         if not held or not config.every:
             return None
         parts = [held[i : i + batch] for i in range(0, min(len(held), batch * config.batches), batch)]
-        batches = [Batch(*self.dataset.batch(part), np.array(part), 0) for part in parts]
+        batches = [self._batch(part) for part in parts]
         return Validation(batches, self.config.seed)
+
+    def _batch(self, part: list[int]) -> Batch:
+        images, fields = self.dataset.batch(part)
+        return Batch(images, fields, np.array(part), 0)
 
     def _greet(self, told: list[str]) -> None:
         for line in told:
             self.log.say(line)
         millions = sum(p.numel() for p in self.weights.values()) / 1e6
         data = f"{len(self.dataset):,} pictures of {self.dataset.shape[1]}x{self.dataset.shape[0]}"
-        self.log.say(f"{self.config.name}: {millions:.1f}M weights, {data}, on {self.device} in {self.config.precision}")
+        self.log.say(
+            f"{self.config.name}: {millions:.1f}M weights, {data}, on {self.device} in {self.config.precision}"
+        )
 
 
 def _compile(net: Any, device: torch.device) -> None:
     if device.type == "cpu" and shutil.which("g++") is None and shutil.which("clang++") is None:
-        raise MachineError("compiling for a CPU needs a C++ compiler", where="compile=true", seen="no g++", fix="compile=false")
+        raise MachineError(
+            "compiling for a CPU needs a C++ compiler", where="compile=true", seen="no g++", fix="compile=false"
+        )
     net.compile(dynamic=False)

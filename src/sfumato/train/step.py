@@ -28,7 +28,9 @@ class Outcome(NamedTuple):
 class Stepper:
     """The parts of a step that depend on the configuration and the device, and hold nothing of the run's progress."""
 
-    def __init__(self, model: Model, objective: Objective, optimizer: Optimizer, config: Config, device: torch.device) -> None:
+    def __init__(
+        self, model: Model, objective: Objective, optimizer: Optimizer, config: Config, device: torch.device
+    ) -> None:
         self.model, self.objective, self.optimizer = model, objective, optimizer
         self.config, self.device = config, device
         self.weights = [p for p in model.parameters() if p.requires_grad]

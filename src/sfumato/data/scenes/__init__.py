@@ -1,8 +1,8 @@
 """Scenes: the embedded data set. Captioned pictures of coloured shapes, as many as one likes, and an exact reader.
 
-A picture is a pure function of (seed, split, index), so nothing is stored and nothing is downloaded; `recognise` reads a
-picture back, so that "does it show what the prompt says" is a number. `prompts` gives what to ask, on combinations that
-training shows and on such that it never does.
+A picture is a pure function of (seed, split, index), so nothing is stored and nothing is downloaded; `recognise`
+reads a picture back, so that "does it show what the prompt says" is a number. `prompts` gives what to ask, on
+combinations that training shows and on such that it never does.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -87,15 +87,21 @@ class Scenes:
     def __post_init__(self) -> None:
         sides = [self.size] if isinstance(self.size, int) else [*self.size]
         if len(sides) != (1 if isinstance(self.size, int) else 2) or not all(isinstance(side, int) for side in sides):
-            raise ConfigError("a size is one side, or height and width", where="data.size", seen=str(self.size), fix="data.size=64")
+            raise ConfigError(
+                "a size is one side, or height and width", where="data.size", seen=str(self.size), fix="data.size=64"
+            )
         if not all(32 <= side <= 512 for side in self.shape):
-            raise ConfigError("scenes draws sides of 32 to 512 px", where="data.size", seen=str(self.size), fix="data.size=64")
+            raise ConfigError(
+                "scenes draws sides of 32 to 512 px", where="data.size", seen=str(self.size), fix="data.size=64"
+            )
         if self.count < 1:
             raise ConfigError("a data set has at least one picture", where="data.count", seen=str(self.count))
         if self.split not in ("train", "validation"):
             raise ConfigError("no such split", where="data.split", seen=str(self.split), fix="data.split=validation")
         if not 0 <= self.rich <= 1:
-            raise ConfigError("a share lies between 0 and 1", where="data.rich", seen=str(self.rich), fix="data.rich=0.2")
+            raise ConfigError(
+                "a share lies between 0 and 1", where="data.rich", seen=str(self.rich), fix="data.rich=0.2"
+            )
         for task in self.tasks or {}:
             if task not in TASKS:
                 raise ConfigError("scenes has no such task", where="data.tasks", seen=task, fix=nearest(task, TASKS))

@@ -28,7 +28,9 @@ VOCABULARY = tuple(
 # Kept out of training.
 HIDDEN_COLOURS = frozenset({("orange", "circle"), ("cyan", "square"), ("yellow", "triangle"), ("purple", "cross")})
 HIDDEN_COUNTS = frozenset({(3, "triangle"), (4, "square")})
-HIDDEN_PLACES = frozenset({("circle", "left of", "cross"), ("square", "above", "circle"), ("triangle", "left of", "square")})
+HIDDEN_PLACES = frozenset(
+    {("circle", "left of", "cross"), ("square", "above", "circle"), ("triangle", "left of", "square")}
+)
 HIDDEN_PAIR = frozenset({"triangle", "cross"})
 HIDDEN_SIZE = ("small", "cross")
 
@@ -90,9 +92,9 @@ class Caption:
         if len(wanted) != len(things):
             return False
         for order in permutations(things):
-            if all(phrase.fits(thing) for phrase, thing in zip(wanted, order, strict=True)):
-                if self.relation is None or lies(order[0], self.relation, order[1]):
-                    return True
+            fits = all(phrase.fits(thing) for phrase, thing in zip(wanted, order, strict=True))
+            if fits and (self.relation is None or lies(order[0], self.relation, order[1])):
+                return True
         return False
 
     @property
@@ -114,7 +116,9 @@ def parse(text: str) -> Caption:
     words = text.lower().split()
     for word in words:
         if word not in VOCABULARY:
-            raise DataError("scenes has no such word", where=f"caption {text!r}", seen=word, fix=nearest(word, VOCABULARY))
+            raise DataError(
+                "scenes has no such word", where=f"caption {text!r}", seen=word, fix=nearest(word, VOCABULARY)
+            )
     joined, relation = " ".join(words), None
     parts = joined.split(" and ")
     for one in RELATIONS:
@@ -130,7 +134,12 @@ def parse(text: str) -> Caption:
 
 
 def _phrase(words: list[str], text: str) -> Phrase:
-    broken = DataError("scenes cannot say this", where=f"caption {text!r}", seen=" ".join(words), fix="a red circle left of a blue square")
+    broken = DataError(
+        "scenes cannot say this",
+        where=f"caption {text!r}",
+        seen=" ".join(words),
+        fix="a red circle left of a blue square",
+    )
     if len(words) < 2 or (words[0] not in COUNTS and words[0] not in ("a", "an")):
         raise broken
     count, rest = COUNTS.get(words[0], 1), words[1:]
@@ -194,7 +203,9 @@ def spoken(rng: Random, task: str) -> Caption:
 
 
 def prompts(task: str, n: int, *, held_out: bool = False, seed: int = 0) -> list[Caption]:
-    """n captions to evaluate a task with, distinct as long as there are enough; held out for this task alone, or not at all."""
+    """n captions to evaluate a task with, distinct as long as there are enough; held out for this task alone,
+    or not at all.
+    """
     if task not in TASKS:
         raise ConfigError("scenes has no such task", where="task", seen=task, fix=nearest(task, TASKS))
     rng, wanted = Random(f"{seed} {task} {held_out}"), frozenset({task}) if held_out else frozenset()

@@ -141,7 +141,13 @@ def _colour(pixels: Floats, distance: Floats) -> tuple[str, Floats]:
 
 
 def _cover(
-    image: Floats, labels: NDArray[np.int32], label: int, ground: Floats, rgb: Floats, corner: tuple[int, int], canvas: int
+    image: Floats,
+    labels: NDArray[np.int32],
+    label: int,
+    ground: Floats,
+    rgb: Floats,
+    corner: tuple[int, int],
+    canvas: int,
 ) -> Floats:
     """How much of each pixel around a component it covers, (canvas, canvas), with every other thing left out."""
     cover = np.zeros((canvas + 2, canvas + 2), np.float32)
