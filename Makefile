@@ -1,5 +1,7 @@
 # Every target makes what it needs: a fresh clone and `make demo` or `make test` are enough.
-PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+# The first interpreter that runs and is new enough: a version manager's shim may be there and refuse to start.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM = false
 

@@ -7,6 +7,7 @@ one batch go through the network together, all branches of the guidance at once.
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,43 +22,86 @@ from sfumato.conditioners import Raw
 from sfumato.data.picture import Image
 from sfumato.data.sheet import sheet
 from sfumato.denoiser import Cond
-from sfumato.errors import ConfigError, DataError
+from sfumato.errors import ConfigError, DataError, MachineError, MemoryShortage, nearest
 from sfumato.guidance import CFG, Guidance, Unguided, guided
 from sfumato.io.directory import load_model
 from sfumato.io.pictures import save_png, slug, unused
-from sfumato.model import Model, pick_device
+from sfumato.model import Model, compile_net, pick_device
 from sfumato.registry import check
 from sfumato.samplers import SeededNoise, Step, sample
 
-Prompt = str | Raw | None  # text, the raw fields of a conditioner, or nothing
-Progress = Callable[[int, int], None]  # network evaluations' steps done, of how many
+Prompt = str | int | Raw | None  # text, a label, the raw fields of a conditioner, or nothing
+Interval = tuple[float, float | None]  # noise levels sigma / alpha, (low, high]; no high is no end
+Progress = Callable[[int, int], None]  # steps done, of how many
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Settings:
     """How to sample. sampler, grid: names or slots. guidance: 1 is off. interval: noise levels (low, high]."""
 
-    sampler: Any
-    grid: Any
-    steps: int
+    sampler: str | Mapping[str, Any] = "dpmpp_2m"
+    grid: str | Mapping[str, Any] = "linear"
+    steps: int = 20
     guidance: float = 1.0
-    interval: tuple[float, float] | None = None
+    interval: Interval | None = None
     rescale: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ConfigError("sampling takes at least one step", where="steps", seen=str(self.steps), fix="steps=20")
-        if not 0 <= self.guidance < float("inf"):
-            raise ConfigError("a guidance scale is not negative; 1 is off", where="guidance", seen=str(self.guidance), fix="guidance=3")
-        for slot, kind in ((self.sampler, "Sampler"), (self.grid, "Grid")):
-            for problem in check(slot, kind, KINDS, kind.lower()):
-                raise ConfigError(f"{problem.where} {problem.what}", where=problem.where, seen=problem.seen, fix=problem.fix)
+        if not isinstance(self.steps, Integral) or self.steps < 1:
+            raise ConfigError(
+                "sampling takes a whole number of steps, at least one",
+                where="steps",
+                seen=repr(self.steps),
+                fix="steps=20",
+            )
+        if not isinstance(self.guidance, Real) or not 0 <= self.guidance < float("inf"):
+            raise ConfigError(
+                "a guidance scale is a number from 0; 1 is off",
+                where="guidance",
+                seen=repr(self.guidance),
+                fix="guidance=3",
+            )
+        if not isinstance(self.rescale, Real) or not 0 <= self.rescale <= 1:
+            raise ConfigError(
+                "guidance rescale lies between 0 and 1", where="rescale", seen=repr(self.rescale), fix="rescale=0.7"
+            )
+        if self.interval is not None:
+            self._check_interval(self.interval)
+        problems = [*check(self.sampler, "Sampler", KINDS, "sampler"), *check(self.grid, "Grid", KINDS, "grid")]
+        if problems:
+            what = "; ".join(f"{one.where} {one.what}" for one in problems)
+            first = problems[0]
+            raise ConfigError(what, where=first.where, seen=first.seen, fix=first.fix)
 
     def guide(self, cond: Cond, null: Callable[[], Cond]) -> Guidance:
         """The guidance for a condition."""
         if self.guidance == 1 or not cond:
             return Unguided(cond)
-        return CFG(cond, null(), self.guidance, self.interval or (0.0, float("inf")), self.rescale)
+        low, high = self.interval or (0.0, None)
+        return CFG(cond, null(), float(self.guidance), (low, float("inf") if high is None else high), self.rescale)
+
+    def plain(self) -> dict[str, Any]:
+        """As plain data; an endless interval has no number for its end."""
+        low, high = self.interval or (0.0, None)
+        unending = high is None or high == float("inf")
+        return {
+            "sampler": self.sampler,
+            "grid": self.grid,
+            "steps": int(self.steps),
+            "guidance": float(self.guidance),
+            "interval": None if self.interval is None else [float(low), None if unending else float(high or 0)],
+            "rescale": float(self.rescale),
+        }
+
+    @staticmethod
+    def _check_interval(interval: Any) -> None:
+        pair = list(interval) if isinstance(interval, Sequence) and not isinstance(interval, str) else []
+        ends = [float("inf") if i == 1 and end is None else end for i, end in enumerate(pair)]
+        if len(ends) != 2 or not all(isinstance(end, Real) for end in ends) or not 0 <= ends[0] < ends[1]:
+            what = "a guidance interval runs from a lower to a higher noise level"
+            raise ConfigError(what, where="interval", seen=repr(interval), fix="interval=(0.2, 5)")
 
 
 class Samples(NamedTuple):
@@ -67,12 +111,23 @@ class Samples(NamedTuple):
     settings: list[dict[str, Any]]
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Writes each as a PNG named after its prompt, overwriting nothing; the paths."""
-        place, paths = Path(folder), []
-        place.mkdir(parents=True, exist_ok=True)
+        """Writes each as a PNG named after its prompt, overwriting nothing; the paths. MachineError where it cannot."""
+        place, paths, next_numbers = Path(folder), list[Path](), dict[str, int]()
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MachineError(
+                "cannot make this folder", where=str(place), seen=error.strerror, fix="another folder"
+            ) from None
         for image, settings in zip(self.images, self.settings, strict=True):
-            paths.append(unused(place, slug(str(settings.get("prompt") or "picture"))))
-            save_png(paths[-1], image, settings)
+            stem = slug(str(settings.get("prompt") or "picture"))
+            while True:
+                path = unused(place, stem, start=next_numbers.get(stem, 0))
+                next_numbers[stem] = int(path.stem.rpartition("-")[2]) + 1
+                with contextlib.suppress(FileExistsError):  # another process was faster: the next number
+                    save_png(path, image, settings)
+                    break
+            paths.append(path)
         return paths
 
     def grid(self, columns: int | None = None) -> Pillow.Image:
@@ -80,80 +135,141 @@ class Samples(NamedTuple):
         return sheet(list(self.images), [str(one.get("prompt") or "") for one in self.settings], columns=columns)
 
 
-class Pipeline:
-    """A model on a device, ready to draw."""
+@dataclass(frozen=True)
+class Order:
+    """What is to be drawn, checked: raw conditions and as many seeds, all by the same settings."""
 
-    def __init__(self, model: Model, device: str | torch.device = "auto", *, precision: str = "fp32") -> None:
-        if precision not in ("fp32", "bf16", "fp16"):
-            raise ConfigError("no such precision", where="precision", seen=precision, fix="precision=bf16")
+    raw: Sequence[Raw]
+    seeds: Sequence[int]
+    settings: Settings
+    size: tuple[int, int]
+    negative: Raw | None
+
+    def part(self, start: int, stop: int) -> "Order":
+        return Order(self.raw[start:stop], self.seeds[start:stop], self.settings, self.size, self.negative)
+
+
+class Pipeline:
+    """A model on a device, ready to draw.
+
+    precision: "fp32", or "bf16" or "fp16" for the network's products (autocast); the sampler's state is float32 always.
+    compile: compiles the network, which pays from the second batch on.
+    """
+
+    def __init__(
+        self, model: Model, device: str | torch.device = "auto", *, precision: str = "fp32", compile: bool = False
+    ) -> None:
+        if precision not in DTYPES:
+            raise ConfigError("no such precision", where="precision", seen=precision, fix=nearest(precision, DTYPES))
         self.device = pick_device(device) if isinstance(device, str) else device
         self.model = model.to(self.device).eval()
         self.precision = precision
+        if compile:
+            compile_net(self.model.net, self.device)
 
     def settings(self, **changes: Any) -> Settings:
-        """The model's recommended settings, with changes; None changes nothing."""
-        recommended = self.model.spec["sampling"]
-        return Settings(**{**recommended, **{name: value for name, value in changes.items() if value is not None}})
+        """The model's recommended settings, with changes; None changes nothing. ConfigError for what cannot be."""
+        known = {field: value for field, value in self.model.spec["sampling"].items() if value is not None}
+        changes = {name: value for name, value in changes.items() if value is not None}
+        if unknown := changes.keys() - Settings.__dataclass_fields__.keys():
+            name = min(unknown)
+            raise ConfigError(
+                "no such setting", where="sampling", seen=name, fix=nearest(name, Settings.__dataclass_fields__)
+            )
+        return Settings(**{**known, **changes})
 
     def sample(
         self,
         prompts: Prompt | Sequence[Prompt] = None,
         *,
         steps: int | None = None,
-        sampler: Any = None,
-        grid: Any = None,
+        sampler: str | Mapping[str, Any] | None = None,
+        grid: str | Mapping[str, Any] | None = None,
         guidance: float | None = None,
-        interval: tuple[float, float] | None = None,
+        interval: Interval | None = None,
         rescale: float | None = None,
-        negative: str | None = None,
+        negative: Prompt = None,
         seeds: int | Sequence[int] | None = None,
-        size: tuple[int, int] | None = None,
+        size: int | tuple[int, int] | None = None,
         batch: int = 64,
         progress: Progress | None = None,
     ) -> Samples:
         """One picture for each prompt. Everything left out is what the model recommends.
 
-        prompts: texts, or raw fields like {"label": 3}. seeds: one for each picture, or a first one to count from (0).
-        size: (height, width), where the network can. batch: pictures at a time. negative: what to steer away from.
+        prompts: texts, labels, or raw fields like {"label": 3}; None draws without a condition. seeds: one for each
+        picture, or a first one to count from (0). size: (height, width), where the network can. batch: pictures at a
+        time. negative: what to steer away from. interval: noise levels (low, high] within which to guide; (0, None) is
+        all. progress: called with the steps done, and all.
         Raises DataError for words that the model does not know, ConfigError for settings that cannot be.
         """
-        settings = self.settings(steps=steps, sampler=sampler, grid=grid, guidance=guidance, interval=interval, rescale=rescale)
-        raw, numbers = self._raw(prompts), self._seeds(seeds, prompts)
-        if batch < 1:
-            raise ConfigError("a batch holds at least one picture", where="batch", seen=str(batch), fix="batch=64")
-        images, rounds = [], -(-len(raw) // batch)
+        changes = {
+            "steps": steps,
+            "sampler": sampler,
+            "grid": grid,
+            "guidance": guidance,
+            "interval": interval,
+            "rescale": rescale,
+        }
+        order = self._order(prompts, seeds, size, negative, changes)
+        if not isinstance(batch, Integral) or batch < 1:
+            raise ConfigError("a batch holds at least one picture", where="batch", seen=repr(batch), fix="batch=64")
+        images, n, each = [], len(order.raw), int(order.settings.steps)
+        rounds = -(-n // batch)
         for i in range(rounds):
-            part = slice(i * batch, (i + 1) * batch)
-            last: Step | None = None
-            for done, last in enumerate(self.steps(raw[part], settings, numbers[part], size, negative)):
-                if progress is not None:
-                    progress(i * settings.steps + min(done, settings.steps), rounds * settings.steps)
-            assert last is not None  # `steps` yields the result at least
-            images.append(self.pictures(last.x0))
-        height, width = size or self.model.size
-        shared = {**vars(settings), "negative": negative, "size": [height, width], "precision": self.precision, "version": __version__}
-        return Samples(np.concatenate(images), [self._said(one, n, shared) for one, n in zip(raw, numbers, strict=True)])
+            tell = None if progress is None else _telling(progress, i * each, rounds * each, each)
+            images.append(self.pictures(self._drawn(order.part(i * batch, (i + 1) * batch), tell)))
+        return Samples(np.concatenate(images), [self._said(order, i) for i in range(n)])
 
     def steps(
         self,
-        raw: Sequence[Raw],
-        settings: Settings,
-        seeds: Sequence[int],
-        size: tuple[int, int] | None = None,
-        negative: str | None = None,
+        prompts: Prompt | Sequence[Prompt] = None,
+        *,
+        negative: Prompt = None,
+        seeds: int | Sequence[int] | None = None,
+        size: int | tuple[int, int] | None = None,
+        **settings: Any,
     ) -> Iterator[Step]:
-        """The sampling of one batch, step by step: each has the state and the current guess of the result, encoded."""
-        height, width = size or self.model.size
-        shape = self.model.codec.shape(height, width)
-        noise = SeededNoise.of(seeds)
-        path = self.model.denoiser.path
+        """`sample` in one batch, step by step; `pictures(step.x0)` shows what it is at, and stopping costs nothing.
+
+        settings: as of `sample`. Each `Step` has the time, the state and the current guess of the result, encoded.
+        """
+        order = self._order(prompts, seeds, size, negative, settings)
+        return self._walk(order, self._times(order))
+
+    def pictures(self, x: Tensor) -> Image:
+        """Encoded results as (B, H, W, 3) uint8. DataError if they hold numbers that are not finite."""
+        with torch.inference_mode():
+            decoded = self.model.codec.decode(x.float())
+            if not bool(decoded.isfinite().all()):
+                seen = f"{self.precision}, {int((~decoded.isfinite()).flatten(1).any(1).sum())} of {len(x)} pictures"
+                fix = "precision=fp32" if self.precision == "fp16" else "an earlier checkpoint, or less guidance"
+                raise DataError("the model's answers are not finite numbers", where="sampling", seen=seen, fix=fix)
+            pixels = ((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+            return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+    def _drawn(self, order: Order, tell: Callable[[int], None] | None) -> Tensor:
+        times = self._times(order)
+        last: Step | None = None
+        for last in self._walk(order, times):
+            if tell is not None:
+                tell(int((times > last.t).sum()))
+        assert last is not None  # a walk yields its result at least
+        return last.x
+
+    def _times(self, order: Order) -> Tensor:
+        times: Tensor = build(order.settings.grid, "Grid")(self.model.denoiser.path, int(order.settings.steps))
+        return times
+
+    def _walk(self, order: Order, times: Tensor) -> Iterator[Step]:
+        """The sampling of one batch."""
+        shape = self.model.codec.shape(*order.size)
+        noise, path = SeededNoise.of(order.seeds), self.model.denoiser.path
         with torch.inference_mode(), self._autocast():
-            cond = self.model.cond(raw)
-            guide = settings.guide(cond, lambda: self._null(len(raw), negative))
-        times = build(settings.grid, "Grid")(path, settings.steps)
-        top = times[:1].to(torch.float64)
-        x = noise(torch.empty(len(raw), *shape, device=self.device)) * float(path.sigma(top))
-        running = build(settings.sampler, "Sampler")(path, x, times, noise)
+            cond = self.model.cond(order.raw)
+            guide = order.settings.guide(cond, lambda: self._null(len(order.raw), order.negative))
+        start = float(path.sigma(times[:1].to("cpu", torch.float64)))
+        x = noise(torch.empty(len(order.raw), *shape, device=self.device)) * start
+        running = build(order.settings.sampler, "Sampler")(path, x, times, noise)
         walk = sample(running, guided(self._forward, path, guide))
         while True:
             with torch.inference_mode():  # entered anew for each step: a context left open in a generator leaks
@@ -162,60 +278,168 @@ class Pipeline:
                 return
             yield step
 
-    def pictures(self, x: Tensor) -> Image:
-        """Encoded results as (B, H, W, 3) uint8."""
-        with torch.inference_mode():
-            decoded = self.model.codec.decode(x.float()).clamp(-1, 1)
-            return ((decoded + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-
     def _forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        with self._autocast():
-            x0: Tensor = self.model(x, t, cond)
-        return x0
+        try:
+            with self._autocast():
+                x0: Tensor = self.model(x, t, cond)
+            return x0
+        except RuntimeError as error:
+            raise self._explained(error, x) from error
+
+    def _explained(self, error: RuntimeError, x: Tensor) -> Exception:
+        """A failure of the network as an error of the user's, where it is one."""
+        first = str(error).splitlines()[0] if str(error) else ""
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            return MemoryShortage(
+                "so many pictures at a time do not fit into memory",
+                where="batch",
+                seen=f"{len(x)} rows: {first}",
+                fix="a smaller batch",
+            )
+        trained = self.model.codec.shape(*self.model.size)
+        if tuple(x.shape[1:]) != tuple(trained):
+            height, width = self.model.size
+            return ConfigError(
+                "this network cannot draw pictures of this size",
+                where="size",
+                seen=first,
+                fix=f"size=({height}, {width}), that of its training",
+            )
+        return error
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.precision == "fp32":
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16 if self.precision == "bf16" else torch.float16)
+        return torch.autocast(self.device.type, DTYPES[self.precision])
 
-    def _null(self, n: int, negative: str | None) -> Cond:
-        assert self.model.conditioner is not None  # there is a condition, or this would not be asked
-        if negative is None:
-            return self.model.conditioner.null(n)
-        raw = self._raw([negative])
-        return self.model.cond(raw * n)
+    def _null(self, n: int, negative: Raw | None) -> Cond:
+        return self.model.cond([negative or {}] * n)
 
-    def _raw(self, prompts: Prompt | Sequence[Prompt]) -> list[Raw]:
-        many = [prompts] if prompts is None or isinstance(prompts, (str, Mapping)) else list(prompts)
-        if not many:
-            raise ConfigError("nothing to draw", where="prompts", seen="an empty list")
-        field = next(iter(getattr(self.model.conditioner, "fields", ())), "caption")
-        raw = [one if isinstance(one, Mapping) else {} if one is None else {field: one} for one in many]
-        if self.model.conditioner is None and any(raw):
-            raise DataError("this model takes no conditions", where="prompts", seen=str(many[0]), fix="leave the prompt out")
+    def _order(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        seeds: int | Sequence[int] | None,
+        size: int | tuple[int, int] | None,
+        negative: Prompt,
+        changes: Mapping[str, Any],
+    ) -> Order:
+        """Everything that was asked for, checked before anything is computed."""
+        settings = self.settings(**changes)
+        single = prompts is None or isinstance(prompts, (str, Mapping, Integral))
+        raw = [self._raw(one) for one in ([prompts] if single else list(prompts))]  # type: ignore[arg-type]
+        if not raw:
+            raise ConfigError(
+                "nothing to draw", where="prompts", seen="an empty list", fix="prompts=[None] draws without a condition"
+            )
+        against = None if negative is None else self._raw(negative)
         if self.model.conditioner is not None:
-            self.model.conditioner.check(raw)
-        return raw
+            self.model.conditioner.check(raw if against is None else [*raw, against])
+        elif changes.get("guidance") not in (None, 1):
+            what = "a model without conditions has nothing to be guided by"
+            raise ConfigError(what, where="guidance", seen=str(changes["guidance"]), fix="guidance=1")
+        if against is not None and settings.guidance == 1:
+            raise ConfigError(
+                "a negative prompt says nothing without guidance", where="negative", seen="guidance 1", fix="guidance=3"
+            )
+        return Order(raw, _seeds(seeds, len(raw)), settings, self._size(size), against)
 
-    def _seeds(self, seeds: int | Sequence[int] | None, prompts: Any) -> list[int]:
-        n = 1 if prompts is None or isinstance(prompts, (str, Mapping)) else len(prompts)
-        if seeds is None or isinstance(seeds, int):
-            return [(seeds or 0) + i for i in range(n)]
-        if len(seeds) != n:
-            raise ConfigError("one seed a picture is needed", where="seeds", seen=f"{len(seeds)} seeds for {n} prompts")
-        return [int(seed) for seed in seeds]
+    def _raw(self, prompt: Any) -> Raw:
+        """A prompt as raw fields."""
+        fields: tuple[str, ...] = tuple(getattr(self.model.conditioner, "fields", ()))
+        if prompt is None or (isinstance(prompt, Mapping) and not prompt):
+            return {}
+        if self.model.conditioner is None:
+            raise DataError(
+                "this model takes no conditions", where="prompts", seen=str(prompt), fix="leave the prompt out"
+            )
+        if isinstance(prompt, Mapping):
+            if fields and (unknown := sorted(str(name) for name in prompt.keys() - set(fields))):
+                raise DataError(
+                    "this model reads no such field", where="prompts", seen=unknown[0], fix=nearest(unknown[0], fields)
+                )
+            return prompt
+        if not isinstance(prompt, (str, Integral)):
+            raise DataError(
+                "a prompt is text, or a mapping of raw fields", where="prompts", seen=repr(prompt), fix=str(fields)
+            )
+        usual = "caption" if isinstance(prompt, str) else "label"
+        return {usual if usual in fields or not fields else fields[0]: prompt}
 
-    def _said(self, raw: Raw, seed: int, shared: Mapping[str, Any]) -> dict[str, Any]:
-        prompt = raw.get("caption", next(iter(raw.values()), None))
-        return {"prompt": prompt, "seed": seed, **shared}
+    def _size(self, size: Any) -> tuple[int, int]:
+        if size is None:
+            return self.model.size
+        pair = [size, size] if isinstance(size, Integral) else list(size) if isinstance(size, (tuple, list)) else []
+        if len(pair) != 2 or not all(isinstance(one, Integral) and one >= 1 for one in pair):
+            raise ConfigError(
+                "a size is a height and a width, from 1", where="size", seen=repr(size), fix=f"size={self.model.size}"
+            )
+        return int(pair[0]), int(pair[1])
+
+    def _said(self, order: Order, i: int) -> dict[str, Any]:
+        """All there is to know of picture i."""
+        said = {"prompt": _text(order.raw[i]), "seed": order.seeds[i], **order.settings.plain()}
+        if order.raw[i].keys() - {"caption"}:
+            said["fields"] = dict(order.raw[i])
+        negative = None if order.negative is None else _text(order.negative)
+        facts = {"model": self.model.facts} if self.model.facts else {}
+        return {
+            **said,
+            "negative": negative,
+            "size": list(order.size),
+            "precision": self.precision,
+            **facts,
+            "version": __version__,
+        }
 
 
-def load(path: str | Path, device: str | torch.device = "auto", *, precision: str = "fp32") -> Pipeline:
-    """The pipeline of a model directory, or of a run, whose newest `model/` it takes. CheckpointError if it is damaged."""
+def load(
+    path: str | Path,
+    device: str | torch.device = "auto",
+    *,
+    precision: str = "fp32",
+    compile: bool = False,
+    trust: bool = False,
+) -> Pipeline:
+    """The pipeline of a model directory, or of a run, whose newest `model/` it takes. CheckpointError if it is damaged.
+
+    precision, compile: as of `Pipeline`. trust: as of `sfumato.io.directory.load_model`.
+    """
     folder = Path(path).expanduser()
     if (folder / "model" / "model.json").is_file():
         folder = folder / "model"
     if not folder.exists():
         near = sorted(p.parent.parent.as_posix() for p in Path("runs").glob("*/model/model.json"))
-        raise DataError("there is no such run or model", where=str(path), seen="no folder", fix=", ".join(near) or "sfumato train quickstart")
-    return Pipeline(load_model(folder), device, precision=precision)
+        raise DataError(
+            "there is no such run or model",
+            where=str(path),
+            seen="no folder",
+            fix=", ".join(near) or "sfumato train quickstart",
+        )
+    return Pipeline(load_model(folder, trust=trust), device, precision=precision, compile=compile)
+
+
+def _seeds(seeds: Any, n: int) -> list[int]:
+    """A seed for each of n pictures."""
+    if seeds is None or isinstance(seeds, Integral):
+        return [int(seeds or 0) + i for i in range(n)]
+    given = list(seeds)
+    if len(given) != n:
+        raise ConfigError(
+            "one seed a picture is needed",
+            where="seeds",
+            seen=f"{len(given)} seeds for {n} pictures",
+            fix="seeds=0 counts from 0",
+        )
+    if wrong := [seed for seed in given if not isinstance(seed, Integral)]:
+        raise ConfigError("a seed is a whole number", where="seeds", seen=repr(wrong[0]), fix="seeds=0 counts from 0")
+    return [int(seed) for seed in given]
+
+
+def _text(raw: Raw) -> Any:
+    """What was asked for, in a word or a sentence."""
+    return raw.get("caption", next(iter(raw.values()), None))
+
+
+def _telling(progress: Progress, before: int, whole: int, each: int) -> Callable[[int], None]:
+    """Progress over one batch as progress over all; a sampler that asks twice a step tells twice."""
+    return lambda done: progress(before + min(done, each), whole)
