@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,3 +13,14 @@ import torch
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the recipe `tiny` on the CPU: its folder, which no test may change."""
+    from sfumato.overlay import load_config
+    from sfumato.train import train
+
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    train(load_config("tiny", ["device=cpu"]).config, run=folder)
+    return folder

@@ -20,15 +20,16 @@ _HOMES = {
     "Samples": "sfumato.pipeline",
     "load": "sfumato.pipeline",
     "load_config": "sfumato.overlay",
-    "train": "sfumato.train",
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "train":
+        return import_module("sfumato.train")  # a package, and a function: what the import itself leaves here
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'sfumato' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*_HOMES, "__version__"])
+    return sorted([*_HOMES, "train", "__version__"])

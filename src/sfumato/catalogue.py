@@ -15,13 +15,21 @@ from sfumato import registry
 class Sampler:
     """A sampler's line, which is also its test's specification.
 
-    order: of convergence in the step, for deterministic options; calls: of the model, a step; stochastic: draws noise.
+    order: of convergence in the step, for the default options but where they ask for chance, and a start that does not
+    cap it; the weak order if it draws; 0 is no solver, or one with errors that a finer grid leaves.
+    calls: of the model, a step; fewer in one that begins at pure noise or ends at the data. extra: calls more, at the
+    start. stochastic: draws noise. adaptive: chooses its steps, within tolerances. inverse: runs from the data to the
+    noise. asks: for what, see `Denoise`.
     """
 
     target: str
     order: int
     calls: int = 1
     stochastic: bool = False
+    extra: int = 0
+    adaptive: bool = False
+    inverse: bool = False
+    asks: str = "x0"
 
     @property
     def fn(self) -> Any:
@@ -32,9 +40,12 @@ class Sampler:
 PATHS = {
     "linear": "sfumato.paths:Linear",
     "cosine": "sfumato.paths:Cosine",
+    "optimal_transport": "sfumato.paths:OptimalTransport",
     "variance_preserving": "sfumato.paths:VariancePreserving",
+    "sub_variance_preserving": "sfumato.paths:SubVariancePreserving",
     "variance_exploding": "sfumato.paths:VarianceExploding",
     "tabulated": "sfumato.paths:Tabulated",
+    "learned": "sfumato.learned:Learned",
 }
 PREDICTIONS = {
     "x0": "sfumato.predictions:X0",
@@ -68,22 +79,76 @@ WEIGHTS = {
     "elbo": "sfumato.objectives.weights:ELBO",
     "sigmoid": "sfumato.objectives.weights:Sigmoid",
 }
-OBJECTIVES = {"denoising": "sfumato.objectives.denoising:Denoising"}
+OBJECTIVES = {
+    "denoising": "sfumato.objectives.denoising:Denoising",
+    "vdm": "sfumato.objectives.vdm:VDM",
+}
 GRIDS = {
-    "linear": "sfumato.times:linear",
-    "karras": "sfumato.times:karras",
-    "uniform_log_snr": "sfumato.times:uniform_log_snr",
-    "trailing": "sfumato.times:trailing",
-    "leading": "sfumato.times:leading",
-    "linspace": "sfumato.times:linspace",
-    "shifted": "sfumato.times:shifted",
+    "logistic": "sfumato.grids:logistic",
+    "explicit": "sfumato.grids:explicit",
+    "linear": "sfumato.grids:linear",
+    "karras": "sfumato.grids:karras",
+    "exponential": "sfumato.grids:uniform_log_snr",
+    "polyexponential": "sfumato.grids:polyexponential",
+    "uniform_log_snr": "sfumato.grids:uniform_log_snr",
+    "kl_optimal": "sfumato.grids:kl_optimal",
+    "ays": "sfumato.grids:ays",
+    "beta_sigma": "sfumato.grids:beta_sigma",
+    "beta_time": "sfumato.grids:beta_time",
+    "trailing": "sfumato.grids:trailing",
+    "leading": "sfumato.grids:leading",
+    "linspace": "sfumato.grids:linspace",
+    "shifted": "sfumato.grids:shifted",
+    "dynamic_shift": "sfumato.grids:dynamic_shift",
+    "ending": "sfumato.grids:ending",
+}
+GUIDANCES = {
+    "unguided": "sfumato.guidance:Unguided",
+    "cfg": "sfumato.guidance:CFG",
+    "cfg_plus_plus": "sfumato.guidance:CFGPlusPlus",
+    "cfg_zero": "sfumato.guidance:CFGZero",
+    "apg": "sfumato.guidance:APG",
+    "weighted": "sfumato.guidance:Weighted",
+    "autoguidance": "sfumato.guidance:Autoguidance",
+    "perturbed_attention": "sfumato.guidance:PerturbedAttention",
+    "skip_layers": "sfumato.guidance:SkipLayers",
+    "classifier": "sfumato.guidance:Classifier",
+    "distilled": "sfumato.guidance:Distilled",
+    "rescaled": "sfumato.guidance:Rescaled",
+    "thresholded": "sfumato.guidance:Thresholded",
+    "within": "sfumato.guidance:Within",
 }
 SAMPLERS = {
     "ddpm": Sampler("sfumato.samplers.ddpm:ddpm", order=1, stochastic=True),
+    "euler_ancestral": Sampler("sfumato.samplers.ancestral:euler_ancestral", order=1, stochastic=True),
+    "sde_dpmpp": Sampler("sfumato.samplers.sde_dpm_solver:sde_dpmpp", order=2, stochastic=True),
+    "sde_em": Sampler("sfumato.samplers.sde:sde_em", order=1, stochastic=True),
+    "sde_heun": Sampler("sfumato.samplers.sde:sde_heun", order=2, calls=2, stochastic=True),
+    "reverse_diffusion": Sampler("sfumato.samplers.langevin:reverse_diffusion", order=1, stochastic=True),
+    "predictor_corrector": Sampler("sfumato.samplers.langevin:predictor_corrector", order=0, calls=2, stochastic=True),
+    "restart": Sampler("sfumato.samplers.restart:restart", order=0, calls=2, stochastic=True),
+    "consistency": Sampler("sfumato.samplers.consistency:consistency", order=0, stochastic=True, asks="endpoint"),
+    "lcm": Sampler("sfumato.samplers.consistency:lcm", order=0, stochastic=True, asks="endpoint"),
     "ddim": Sampler("sfumato.samplers.ddim:ddim", order=1),
     "euler": Sampler("sfumato.samplers.ddim:euler", order=1),
     "heun": Sampler("sfumato.samplers.heun:heun", order=2, calls=2),
+    "dpm_1": Sampler("sfumato.samplers.dpm_solver:dpm_1", order=1),
+    "dpm_2": Sampler("sfumato.samplers.dpm_solver:dpm_2", order=2, calls=2),
+    "dpm_3": Sampler("sfumato.samplers.dpm_solver:dpm_3", order=3, calls=3),
+    "dpmpp_2s": Sampler("sfumato.samplers.dpm_solver:dpmpp_2s", order=2, calls=2),
     "dpmpp_2m": Sampler("sfumato.samplers.dpm_solver:dpmpp_2m", order=2),
+    "dpmpp_3m": Sampler("sfumato.samplers.dpm_solver:dpmpp_3m", order=3),
+    "exp_ab": Sampler("sfumato.samplers.adams:exp_ab", order=3),
+    "deis": Sampler("sfumato.samplers.adams:deis", order=3),
+    "lms": Sampler("sfumato.samplers.adams:lms", order=4),
+    "ipndm": Sampler("sfumato.samplers.adams:ipndm", order=4),
+    "unipc": Sampler("sfumato.samplers.unipc:unipc", order=3),
+    "pndm": Sampler("sfumato.samplers.pndm:pndm", order=2, extra=1),
+    "rk4": Sampler("sfumato.samplers.runge_kutta:rk4", order=4, calls=4),
+    "dopri5": Sampler("sfumato.samplers.runge_kutta:dopri5", order=5, calls=6, adaptive=True),
+    "learned": Sampler("sfumato.samplers.learned:learned", order=1),
+    "initial_noise": Sampler("sfumato.samplers.ddim:initial_noise", order=0),
+    "ddim_inversion": Sampler("sfumato.samplers.ddim:ddim_inversion", order=1, inverse=True),
 }
 NETS = {"unet": "sfumato.nets.unet:UNet", "dit": "sfumato.nets.dit:DiT"}
 CODECS = {"pixels": "sfumato.codecs:Pixels"}
@@ -106,6 +171,8 @@ KINDS: Mapping[str, Mapping[str, str]] = {
     "Weight": WEIGHTS,
     "Objective": OBJECTIVES,
     "Grid": GRIDS,
+    "Guidance": GUIDANCES,
+    "LogProb": {},  # the user's own
     "Sampler": {name: line.target for name, line in SAMPLERS.items()},
     "Net": NETS,
     "Codec": CODECS,

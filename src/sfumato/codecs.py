@@ -5,9 +5,12 @@ network works on, of about unit variance. It may fold space into channels and it
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from math import inf
+from typing import ClassVar, Protocol
 
 from torch import Tensor
+
+from sfumato.errors import ConfigError
 
 
 class Codec(Protocol):
@@ -30,7 +33,11 @@ class Pixels:
     """The picture itself. scale: a factor on it, for data whose spread is far from 1 (EDM's sigma_data / scale)."""
 
     scale: float = 1.0
-    channels: int = 3
+    channels: ClassVar[int] = 3
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale < inf:
+            raise ConfigError("a scale is above 0", where="model.codec.scale", seen=f"{self.scale:g}", fix="scale=1")
 
     def shape(self, height: int, width: int) -> tuple[int, int, int]:
         return self.channels, height, width

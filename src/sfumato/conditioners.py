@@ -7,6 +7,7 @@ weights and learn with the network, some have files of their own (a vocabulary),
 """
 
 import json
+import operator
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
@@ -15,7 +16,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from sfumato.denoiser import Cond
-from sfumato.errors import ConfigError, DataError, nearest
+from sfumato.errors import CheckpointError, ConfigError, DataError, nearest
 from sfumato.nets.layers import Attention, FeedForward
 
 Raw = Mapping[str, object]
@@ -69,6 +70,10 @@ class Labels(Conditioner):
 
     def __init__(self, classes: int = 0) -> None:
         super().__init__()
+        if classes < 0:
+            raise ConfigError(
+                "a number of classes is not negative", where="model.conditioner.classes", seen=str(classes)
+            )
         self.classes, self.names = classes, tuple[str, ...]()
         self.device_of: Tensor
         self.register_buffer("device_of", torch.empty(0), persistent=False)
@@ -111,12 +116,15 @@ class Labels(Conditioner):
             return self.classes
         if isinstance(label, str) and label in self.names:
             return self.names.index(label)
-        if isinstance(label, str) and not label.isdigit():
-            raise DataError("no such class", where="label", seen=label, fix=nearest(label, self.names))
-        index = int(label)  # type: ignore[call-overload]
+        try:
+            index = int(label) if isinstance(label, str) else operator.index(label)  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            index = -1
         if not 0 <= index < self.classes:
-            raise DataError("no such class", where="label", seen=str(index), fix=f"0 to {self.classes - 1}")
-        return int(index)
+            numbers = f"0 to {self.classes - 1}"
+            fix = nearest(label, self.names) if isinstance(label, str) and self.names else numbers
+            raise DataError("no such class", where="label", seen=str(label), fix=fix)
+        return index
 
 
 class Prompts(Conditioner):
@@ -124,7 +132,8 @@ class Prompts(Conditioner):
 
     Cond: context (B, length, dim), one vector a word, and pooled (B, dim), the mean over them. Shorter captions are
     filled with a padding word that is attended to like any other, so there is no mask and shapes never change; the null
-    condition is nothing but padding. length: words read; vocabulary: most words kept, the most frequent ones.
+    condition is nothing but padding. length: words read; vocabulary: most words kept, the most frequent ones (two
+    places go to padding and to unknown words).
     """
 
     def __init__(
@@ -138,6 +147,10 @@ class Prompts(Conditioner):
         field: str = "caption",
     ) -> None:
         super().__init__()
+        least = {"dim": (dim, 1), "heads": (heads, 1), "length": (length, 1), "vocabulary": (vocabulary, 3)}
+        for name, (given, low) in least.items():
+            if given < low:
+                raise ConfigError(f"{name} is at least {low}", where=f"model.conditioner.{name}", seen=str(given))
         if dim % heads:
             raise ConfigError(
                 "the width does not divide into the heads",
@@ -182,7 +195,7 @@ class Prompts(Conditioner):
                         "a word this model has never seen",
                         where=f"prompt {text!r}",
                         seen=word,
-                        fix=nearest(word, self.words),
+                        fix=nearest(word, self.words.keys() - {PAD, UNKNOWN}),
                     )
             if len(encoded.ids) > self.length:
                 raise DataError(
@@ -204,7 +217,8 @@ class Prompts(Conditioner):
                 seen=type(source).__name__,
                 fix="put a picture.txt beside every picture.png",
             )
-        kept = sorted(word for word, _ in counts.most_common(self.vocabulary - 2))
+        by_count = sorted(counts, key=lambda word: (-counts[word], word))  # of equals, not whichever came first
+        kept = sorted(by_count[: self.vocabulary - 2])
         self._adopt({PAD: 0, UNKNOWN: 1} | {word: i + 2 for i, word in enumerate(kept)})
 
     def files(self) -> dict[str, bytes]:
@@ -213,7 +227,19 @@ class Prompts(Conditioner):
     def restore(self, files: Mapping[str, bytes]) -> None:
         from tokenizers import Tokenizer
 
-        self._adopt(Tokenizer.from_str(files["tokenizer.json"].decode()).get_vocab())
+        kept = files["tokenizer.json"]
+        try:
+            words = Tokenizer.from_str(kept.decode()).get_vocab()
+        except Exception as error:  # the library's own word for what it cannot read
+            raise CheckpointError("a vocabulary cannot be read", where="tokenizer.json", seen=str(error)) from None
+        if sorted(words.values()) != list(range(len(words))) or (words.get(PAD), words.get(UNKNOWN)) != (0, 1):
+            raise CheckpointError(
+                "a vocabulary does not count its words from 0",
+                where="tokenizer.json",
+                seen=f"{len(words)} words",
+                fix=f"{PAD} is 0, {UNKNOWN} is 1, and no number is left out",
+            )
+        self._adopt(words)
 
     def _adopt(self, words: dict[str, int]) -> None:
         self.words, self.tokenizer = words, _tokenizer(words)

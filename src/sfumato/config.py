@@ -8,7 +8,7 @@ sees batch * accumulate.
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 from sfumato.catalogue import KINDS
 from sfumato.registry import Problem, check
@@ -18,16 +18,23 @@ def _slot(value: Any) -> Any:
     return {"kind": value} if isinstance(value, str) else value
 
 
+def _rising(interval: tuple[float, float | None]) -> tuple[float, float | None]:
+    if interval[1] is not None and not interval[0] < interval[1]:
+        raise ValueError("should go from a lower to a higher noise level, or to null for no end")
+    return interval
+
+
 Slot = Annotated[dict[str, Any], BeforeValidator(_slot), PlainSerializer(lambda value: dict(value))]
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Interval = Annotated[tuple[Annotated[float, Field(ge=0)], float | None], AfterValidator(_rising)]
 
 
 class Section(BaseModel):
     """A part of the configuration; what it does not know is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -103,20 +110,23 @@ class LogSection(Section):
 
 
 class SamplingSection(Section):
-    """How the model likes to be sampled; kept with it, and used unless told otherwise. guidance: 1 is off."""
+    """How the model likes to be sampled; kept with it, and used unless told otherwise.
+
+    guidance: 1 is off. interval: noise levels (low, high] within which to guide; no high is no end.
+    """
 
     sampler: Slot = {"kind": "dpmpp_2m"}
     grid: Slot = {"kind": "linear"}
     steps: Positive = 20
     guidance: Annotated[float, Field(ge=0)] = 3.0
-    interval: tuple[float, float] | None = None
+    interval: Interval | None = None
     rescale: Share = 0.0
 
 
 class Config(Section):
     """Everything a run is determined by."""
 
-    name: str = Field(pattern=r"^[\w][\w .-]*$")
+    name: str = Field(pattern=r"^[\w][\w .-]*$", coerce_numbers_to_str=True)
     seed: Natural = 0
     data: Slot
     model: ModelSection

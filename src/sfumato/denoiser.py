@@ -16,28 +16,43 @@ from sfumato.errors import ConfigError
 from sfumato.paths import Path, Tabulated, along, log_snr
 from sfumato.predictions import Prediction
 
+VARIANCE = "x0_variance"  # the answer that holds more than x0
+
 Cond = Mapping[str, Tensor]  # the network's keyword arguments; every tensor has the batch first
 OfTime = Callable[[Path, Tensor], Tensor]
 
 
 class Denoise(Protocol):
-    """All that a sampler's driver needs: x0-hat(x_t, t), and the path x_t is on."""
+    """All that a sampler's driver needs: x0-hat(x_t, t), and the path x_t is on.
+
+    answers: what it can be asked for. A plain call gives the first, `to` asks for another by its name:
+        "x0" the posterior mean E[x0 | x_t] (B, C, ...);
+        "x0_variance" the same and the network's C channels of a learned variance (B, 2 C, ...), see `samplers.ddpm`;
+        "endpoint" where the flow through x_t ends at t = 0, which is what a consistency model has learned (B, C, ...).
+    """
 
     @property
     def path(self) -> Path: ...
 
-    def __call__(self, x_t: Tensor, t: float | Tensor, /) -> Tensor: ...
+    @property
+    def answers(self) -> tuple[str, ...]: ...
+
+    def __call__(self, x_t: Tensor, t: float | Tensor, /, **to: str) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Bound:
-    """A `Denoise` made of a function: a model with its condition filled in, or an exact solution in a test."""
+    """A `Denoise` made of a function: a model with its condition filled in, or an exact solution in a test.
+
+    fn: takes `to` as a keyword if it has more than one answer.
+    """
 
     path: Path
-    fn: Callable[[Tensor, float | Tensor], Tensor]
+    fn: Callable[..., Tensor]
+    answers: tuple[str, ...] = ("x0",)
 
-    def __call__(self, x_t: Tensor, t: float | Tensor, /) -> Tensor:
-        return self.fn(x_t, t)
+    def __call__(self, x_t: Tensor, t: float | Tensor, /, **to: str) -> Tensor:
+        return self.fn(x_t, t, **to)
 
 
 class Denoiser(nn.Module):
@@ -45,9 +60,9 @@ class Denoiser(nn.Module):
 
     time_input: what the network is given for t (B,), see `TIME_INPUTS`. scale_input: a factor on x_t, see
     `SCALE_INPUTS`. Inputs are (B, ...); times are a float, () or (B,), in [0, 1].
+    answers: what it was trained to be asked for, see `Denoise`. With "x0_variance" among them the network gives twice
+    the channels of x_t: its prediction, and the share of the log variance of each step (Nichol & Dhariwal 2021).
     """
-
-    answers = ("x0",)  # what this model can be asked for: the posterior mean
 
     def __init__(
         self,
@@ -56,22 +71,41 @@ class Denoiser(nn.Module):
         prediction: Prediction,
         time_input: OfTime | None = None,
         scale_input: OfTime | None = None,
+        answers: Sequence[str] = ("x0",),
     ) -> None:
         super().__init__()
         self.net, self.path, self.prediction = net, path, prediction
         self.time_input, self.scale_input = time_input or as_time, scale_input
+        self.answers = tuple(answers)
 
     def predict(self, x_t: Tensor, t: float | Tensor, cond: Cond | None = None) -> Tensor:
-        """The network's own output, in at least float32: what objectives compare with `prediction.target`."""
+        """The network's prediction, in at least float32: what objectives compare with `prediction.target`."""
+        return self.outputs(x_t, t, cond)[0]
+
+    def outputs(self, x_t: Tensor, t: float | Tensor, cond: Cond | None = None) -> tuple[Tensor, ...]:
+        """All that the network says: its prediction (B, C, ...), and if it learns a variance, that (B, C, ...) too.
+
+        ConfigError if it gives another number of channels than its answers need.
+        """
         t = times_like(t, x_t)
         if self.scale_input is not None:
-            x_t = self.scale_input(self.path, along(t, x_t)) * x_t
+            x_t = (self.scale_input(self.path, along(t, x_t)) * x_t).to(x_t.dtype)  # the network's own, if half
         y: Tensor = self.net(x_t, self.time_input(self.path, t), **(cond or {}))
-        return y.to(t.dtype)
+        parts = 2 if VARIANCE in self.answers else 1
+        if y.shape[1] != parts * x_t.shape[1]:
+            raise ConfigError(
+                f"a model that answers {', '.join(self.answers)} needs {parts} channels of the network for each of x",
+                where="model.net",
+                seen=f"{y.shape[1]} for {x_t.shape[1]}",
+            )
+        y = y.to(t.dtype)
+        return y.chunk(2, 1) if parts == 2 else (y,)
 
-    def forward(self, x_t: Tensor, t: float | Tensor, cond: Cond | None = None) -> Tensor:
-        """E[x0 | x_t]: (B, ...)."""
-        return self.prediction.x0(self.path, self.predict(x_t, t, cond), x_t, times_like(t, x_t))
+    def forward(self, x_t: Tensor, t: float | Tensor, cond: Cond | None = None, *, to: str | None = None) -> Tensor:
+        """E[x0 | x_t]: (B, ...). A consistency model's endpoint has the same formula. to: another of the `answers`."""
+        y, *variance = self.outputs(x_t, t, cond)
+        x0 = self.prediction.x0(self.path, y, x_t, times_like(t, x_t))
+        return torch.cat([x0, *variance], 1) if to == VARIANCE else x0
 
 
 def times_like(t: float | Tensor, x: Tensor) -> Tensor:
@@ -117,13 +151,13 @@ def unit_variance(sigma_data: float = 0.5) -> OfTime:
 def on_path(denoise: Denoise, new: Path) -> Bound:
     """The same denoiser spoken to in another path's coordinates: equal log_snr, rescaled x. Needs alpha > 0."""
 
-    def fn(x: Tensor, s: float | Tensor) -> Tensor:
+    def fn(x: Tensor, s: float | Tensor, **to: str) -> Tensor:
         s = torch.as_tensor(s, dtype=torch.float64 if isinstance(s, float) else None)
         t = denoise.path.time(log_snr(new, s))
         ratio = denoise.path.alpha(along(t, x)) / new.alpha(along(s, x))
-        return denoise(x * ratio.to(x), t if t.ndim else float(t))
+        return denoise(x * ratio.to(x), t if t.ndim else float(t), **to)
 
-    return Bound(new, fn)
+    return Bound(new, fn, denoise.answers)
 
 
 def joined(conds: Sequence[Cond]) -> Cond:

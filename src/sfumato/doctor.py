@@ -12,7 +12,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,9 +21,10 @@ from torch import Tensor
 
 from sfumato import files
 from sfumato.catalogue import build
+from sfumato.data.order import indices
 from sfumato.data.picture import Fields
-from sfumato.errors import DataError
-from sfumato.metrics.scenes import evaluate
+from sfumato.errors import ConfigError, DataError
+from sfumato.metrics.scenes import check, evaluate
 from sfumato.model import Model
 from sfumato.overlay import parse_yaml
 from sfumato.paths import along, noised
@@ -31,6 +32,7 @@ from sfumato.pipeline import Pipeline
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9, 0.98)
 SCALES = (1.0, 2.0, 4.0, 7.0)
+EXAMPLES = 64
 
 
 class Finding(NamedTuple):
@@ -48,11 +50,17 @@ def environment(folder: Path = Path()) -> list[Finding]:
 
 
 def of_run(run: Path, pipeline: Pipeline, *, per_task: int = 10) -> list[Finding]:
-    """A model: the response to its condition by noise level, its embeddings, and its response to guidance."""
+    """A model: the response to its condition by noise level, its embeddings, and its response to guidance.
+
+    run: the folder of the run, or its `model/`. Raises DataError where the data of the run cannot be found.
+    """
+    weights = _weights(pipeline.model)
     if pipeline.model.conditioner is None:
-        return [Finding("condition", "ok", "this model takes none")]
-    images, fields = _examples(run, pipeline.model)
-    findings = [_gap(pipeline, images, fields), _embeddings(pipeline.model, fields)]
+        return [weights, Finding("condition", "ok", "this model takes none")]
+    images, fields = _examples(run)
+    if weights.state == "fault":
+        return [weights]
+    findings = [weights, _gap(pipeline, images, fields), _embeddings(pipeline.model, fields)]
     response = _guidance(pipeline, per_task)
     return [*findings, response] if response else findings
 
@@ -63,9 +71,11 @@ def _python() -> Finding:
 
 def _torch() -> Finding:
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "ROCm" if torch.version.hip else "CPU only"
-    return Finding(
-        "torch", "ok", f"{torch.__version__} ({built}), {torch.get_num_threads()} threads of {os.cpu_count()} cores"
-    )
+    seen = f"{torch.__version__} ({built}), threads: {torch.get_num_threads()} of {os.cpu_count()} cores"
+    if built == "CPU only" and shutil.which("nvidia-smi"):
+        advice = "there is an NVIDIA driver, but this build cannot use it: install torch for CUDA (pytorch.org)"
+        return Finding("torch", "warning", seen, advice)
+    return Finding("torch", "ok", seen)
 
 
 def _devices() -> list[Finding]:
@@ -94,7 +104,9 @@ def _precision() -> Finding:
 def _torchvision() -> Finding:
     if importlib.util.find_spec("torchvision") is None:
         return Finding("torchvision", "ok", "not installed, and not needed")
-    tried = subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True, text=True, check=False)
+    paths = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}  # what is found here
+    command = [sys.executable, "-c", "import torchvision"]
+    tried = subprocess.run(command, capture_output=True, text=True, check=False, env=paths)
     if tried.returncode == 0:
         return Finding("torchvision", "ok", "installed, not needed")
     last = tried.stderr.strip().splitlines()[-1] if tried.stderr.strip() else "it fails"
@@ -120,60 +132,80 @@ def _compiler() -> Finding:
     return Finding("compiler", "warning", "no C++ compiler", "compile=false, or install g++")
 
 
-def _examples(run: Path, model: Model) -> tuple[Tensor, list[Fields]]:
+def _weights(model: Model) -> Finding:
+    """Whether every weight is a number."""
+    broken = [name for name, value in model.weights().items() if not bool(value.isfinite().all())]
+    if broken:
+        advice = "an earlier checkpoint, then a smaller optim.lr, or precision=bf16 in place of fp16"
+        return Finding("weights", "fault", f"not finite: {', '.join(broken[:3])}, {len(broken)} in all", advice)
+    return Finding("weights", "ok", f"{sum(value.numel() for value in model.weights().values()):,}, all finite")
+
+
+def _examples(run: Path) -> tuple[Tensor, list[Fields]]:
     """Some of the pictures the run was trained on."""
-    config = run / "config.yaml"
-    if not config.is_file():
+    config = next((one for one in (run / "config.yaml", run / "../config.yaml") if one.is_file()), None)
+    if config is None:
         raise DataError(
             "a model alone does not tell its data",
             where=str(run),
+            seen="no config.yaml",
             fix="sfumato doctor RUN, the folder with config.yaml",
         )
     dataset = build(parse_yaml(config.read_text(encoding="utf-8"), str(config))["data"], "Data")
-    images, fields = dataset.batch(range(min(64, len(dataset))))
+    some = indices(0, min(EXAMPLES, len(dataset)), len(dataset), 0)  # from everywhere: folders lie class by class
+    images, fields = dataset.batch(some.tolist())
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1, list(fields)
 
 
 def _gap(pipeline: Pipeline, images: Tensor, fields: Sequence[Fields]) -> Finding:
     """How much smaller the error is with the prompt than without, by noise level."""
-    model, device = pipeline.model, pipeline.device
-    path, rng = model.denoiser.path, torch.Generator().manual_seed(0)
-    shares = []
-    with torch.inference_mode():
-        x0 = model.codec.encode(images.to(device))
-        cond, null = model.cond(fields), model.cond([{}] * len(fields))
-        for time in TIMES:
-            t = torch.full((len(x0),), time, device=device)
-            x_t = noised(path, x0, torch.randn(x0.shape, generator=rng).to(device), along(t, x0).flatten())
-            errors = [(model(x_t, t, one) - x0).square().mean() for one in (cond, null)]
-            shares.append(float(1 - errors[0] / errors[1]))
-    seen = ", ".join(f"{100 * share:.0f}% at t={time:g}" for time, share in zip(TIMES, shares, strict=True))
-    if max(shares) < 0.02:
+    shares = _shares(pipeline, images, fields)
+    said = ", ".join(f"{round(100 * share)}% at t={time:g}" for time, share in shares.items())
+    seen = f"error lower by {said}"
+    if max(shares.values()) < 0.02:
         advice = (
             "the prompt is ignored: train longer, check that captions say what pictures show, lower condition_dropout"
         )
-        return Finding("prompt against none", "fault", f"error lower by {seen}", advice)
-    if shares[-2] < 0.02:
+        return Finding("prompt against none", "fault", seen, advice)
+    if shares[0.9] < 0.02:
         advice = (
             "the prompt does not shape the layout: more of high noise, objective.times={kind: logit_normal, mean: 1}"
         )
-        return Finding("prompt against none", "warning", f"error lower by {seen}", advice)
-    return Finding("prompt against none", "ok", f"error lower by {seen}")
+        return Finding("prompt against none", "warning", seen, advice)
+    return Finding("prompt against none", "ok", seen)
+
+
+def _shares(pipeline: Pipeline, images: Tensor, fields: Sequence[Fields]) -> dict[float, float]:
+    """For each time, 1 - (square error with the prompt) / (square error without)."""
+    model, device = pipeline.model, pipeline.device
+    path, rng = model.denoiser.path, torch.Generator().manual_seed(0)
+    shares = {}
+    with torch.inference_mode():
+        x0 = model.codec.encode(images.to(device))
+        conds = [model.cond(raw) for raw in (fields, [{}] * len(fields))]
+        for time in TIMES:
+            t = torch.full((len(x0),), time, device=device)
+            x_t = noised(path, x0, torch.randn(x0.shape, generator=rng).to(device), along(t, x0).flatten())
+            given, null = (float((model(x_t, t, cond) - x0).square().mean()) for cond in conds)
+            shares[time] = 1 - given / null
+    return shares
 
 
 def _embeddings(model: Model, fields: Sequence[Fields]) -> Finding:
     """How alike different prompts are to the network."""
     distinct = list({str(sorted(one.items(), key=str)): one for one in _known(model, fields)}.values())
+    if len(distinct) < 2:
+        return Finding("embeddings", "warning", "all captions looked at are the same", "captions that say what differs")
     with torch.inference_mode():
         cond = model.cond(distinct)
-    if "context" not in cond:
+    told = cond.get("context", cond.get("pooled"))
+    if told is None:
         return Finding("embeddings", "ok", "labels have one each")
-    rows = torch.nn.functional.normalize(cond["context"].flatten(1).float(), dim=1)
+    rows = torch.nn.functional.normalize(told.flatten(1).float(), dim=1)
     alike = (rows @ rows.T)[~torch.eye(len(rows), dtype=torch.bool, device=rows.device)]
-    seen = (
-        f"cosine between {len(distinct)} prompts {float(alike.mean()):.2f} on average, {float(alike.max()):.3f} at most"
-    )
-    if float(alike.mean()) > 0.98:
+    mean, most = float(alike.mean()), float(alike.max())
+    seen = f"cosine between {len(distinct)} prompts {mean:.2f} on average, {most:.3f} at most"
+    if mean > 0.98:
         return Finding(
             "embeddings", "fault", seen, "collapsed: a smaller optim.lr, a longer optim.warmup, another seed"
         )
@@ -188,18 +220,25 @@ def _known(model: Model, fields: Sequence[Fields]) -> list[dict[str, Any]]:
 def _guidance(pipeline: Pipeline, per_task: int) -> Finding | None:
     """The scene score at several scales; nothing for models that do not know the words of scenes."""
     try:
-        scores = {
-            scale: evaluate(pipeline, per_task=per_task, held_out=0, guidance=scale).as_dict()["overall"]
-            for scale in SCALES
-        }
-    except DataError:
+        check(pipeline.model)
+    except (ConfigError, DataError):
         return None
     used = float(pipeline.model.spec["sampling"]["guidance"])
+    scores = {
+        scale: evaluate(pipeline, per_task=per_task, held_out=0, guidance=scale).as_dict()["overall"]
+        for scale in sorted({*SCALES, used})
+    }
+    return response(scores, used)
+
+
+def response(scores: Mapping[float, float], used: float) -> Finding:
+    """What the scores at some scales of guidance, 1 among them, say of the one that is used."""
     best = max(scores, key=lambda scale: scores[scale])
     seen = ", ".join(f"{score:.2f} at {scale:g}" for scale, score in scores.items()) + f" (used: {used:g})"
-    if scores[best] <= scores[1.0] + 0.02 and best > 1:
+    if scores[best] < 0.05:
+        return Finding("guidance", "warning", seen, "no scale makes it follow prompts yet: train longer")
+    if scores[1.0] < 0.9 and scores[best] <= scores[1.0] + 0.02:
         return Finding("guidance", "warning", seen, "guidance does not help: is condition_dropout above 0?")
-    nearest = min(SCALES, key=lambda scale: abs(scale - used))
-    if scores[best] > scores[nearest] + 0.08:
+    if scores[best] > scores[used] + 0.08:
         return Finding("guidance", "warning", seen, f"sampling.guidance={best:g} follows prompts better")
     return Finding("guidance", "ok", seen)

@@ -8,6 +8,8 @@ a missing library (3), bad data (4), a full memory (5) and a run that was interr
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+MOST = 40  # names in one sentence; a vocabulary has thousands
+
 
 class SfumatoError(Exception):
     """An error with a remedy. Its text is several lines: what, then where, seen and fix where they are known."""
@@ -55,6 +57,9 @@ class Interrupted(SfumatoError):
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
-    """The known names most like `name`, ready for a sentence: "ddim, ddpm" or, when none is like it, all of them."""
+    """The known names most like `name`, ready for a sentence: "ddim, ddpm" or, when none is like it, all of them, as
+    far as one wants to read.
+    """
     known = sorted(known)
-    return ", ".join(get_close_matches(name, known, n, 0.5) or known)
+    some = get_close_matches(name, known, n, 0.5) or (known if len(known) <= MOST else [*known[:MOST], "..."])
+    return ", ".join(some)

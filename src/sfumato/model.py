@@ -20,8 +20,8 @@ class Model(nn.Module):
     """Everything that is needed to sample.
 
     spec: {"model": the section of the config, "size": [height, width], "sampling": recommended settings}, plain data;
-    `build_model` makes the same model of it. Weights are under `net.` and `conditioner.` (and `codec.` where it has
-    any).
+    `build_model` makes the same model of it. Weights are under `net.` and `conditioner.` (and `codec.` and `path.` where
+    they have any).
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class Model(nn.Module):
 
     def _parts(self) -> dict[str, nn.Module]:
         parts: dict[str, object] = {"net": self.net, "conditioner": self.conditioner, "codec": self.codec}
+        parts["path"] = self.denoiser.path  # a learned one
         return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
 
 

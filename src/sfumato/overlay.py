@@ -5,12 +5,13 @@ the new kind does not have, so that `data.kind=folder data.path=DIR` keeps a rec
 is remembered, so that an error can say it.
 """
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, get_args
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from sfumato.catalogue import KINDS
 from sfumato.config import SLOTS, Config, slot_problems
@@ -52,7 +53,7 @@ def load_config(source: str, overrides: Iterable[str] = ()) -> Loaded:
     for override in overrides:
         over = _parsed(override)
         raw = cast(dict[str, Any], merged(raw, over))
-        origins |= dict.fromkeys(leaves(over), "the command line")
+        _note(origins, leaves(over), "the command line")
     return Loaded(_checked(raw, source, origins), origins)
 
 
@@ -67,50 +68,99 @@ def from_resolved(raw: Mapping[str, Any], source: str) -> Config:
 
 
 def _read(source: str, origins: dict[str, str], above: tuple[Path, ...]) -> dict[str, Any]:
-    path = _find(source, above[-1].parent if above else Path.cwd())
+    path = _find(source, above)
     if path in above:
         raise ConfigError(
             "configurations extend each other in a circle",
             where=str(path),
             seen=" -> ".join(p.name for p in (*above, path)),
+            fix=f"leave extends out of {path.name}",
         )
-    raw = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    raw = parse_yaml(_text(path), str(path))
     if not isinstance(raw, dict):
         raise ConfigError(
             "a configuration is a mapping of names to values",
             where=str(path),
-            seen=type(raw).__name__,
-            fix="steps: 1000",
+            seen="an empty file" if raw is None else type(raw).__name__,
+            fix="extends: quickstart",
         )
     below = raw.pop("extends", None)
     base = _read(str(below), origins, (*above, path)) if below else {}
     base.pop("name", None)
     known = {recipe.path for recipe in recipes()}
-    origins |= {key: f"recipe {path.stem}" if path in known else str(path) for key in leaves(raw)}
+    _note(origins, leaves(raw), f"recipe {path.stem}" if path in known else str(path))
     return merged(base, raw)
 
 
-def _find(source: str, beside: Path) -> Path:
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        seen = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(
+            "a configuration cannot be read", where=str(path), seen=seen, fix="a file of text in UTF-8"
+        ) from None
+
+
+def _note(origins: dict[str, str], keys: Iterable[str], by: str) -> None:
+    """Remembers who set some keys; what was set last stands last."""
+    for key in keys:
+        origins.pop(key, None)
+        origins[key] = by
+
+
+def _find(source: str, above: tuple[Path, ...]) -> Path:
+    """The file of a recipe's name or a path; what a file extends is looked for beside it first."""
     by_name = {recipe.name: recipe.path for recipe in recipes()}
     if source in by_name:
         return by_name[source]
     path = Path(source).expanduser()
-    path = path if path.is_absolute() or path.exists() else beside / path
-    if path.is_file():
-        return path.resolve()
+    for place in [*(file.parent for file in above[-1:]), Path.cwd()]:
+        if (place / path).is_file():
+            return (place / path).resolve()
+    said = f", extended by {above[-1]}" if above else ""
     if path.suffix in (".yaml", ".yml"):
-        raise ConfigError("there is no such configuration", where=source, seen=f"no file {path}", fix="sfumato recipes")
-    raise ConfigError("no such recipe or file", where=source, fix=f"{nearest(source, by_name)} (see: sfumato recipes)")
+        seen = f"no file {path.absolute()}"
+        raise ConfigError("there is no such configuration", where=f"{source}{said}", seen=seen, fix="sfumato recipes")
+    raise ConfigError(
+        "no such recipe or file", where=f"{source}{said}", fix=f"{nearest(source, by_name)} (see: sfumato recipes)"
+    )
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as everybody expects, and a key given twice is an error."""
+    """YAML as everybody expects it: 1e-3 is a number, off and no are words, a date is text, a key given twice is an
+    error.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set[str]()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                problem = f"the key {key.value!r} is there twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        value: float = self.construct_yaml_float(node)
+        return int(value) if "." not in node.value and value.is_integer() else value  # 1e6 counts pictures
 
 
-_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_number = __import__("re").compile(r"^[-+]?(\d[\d_]*)(\.\d*)?([eE][-+]?\d+)$")
-for _first in "-+0123456789":
-    _Loader.yaml_implicit_resolvers.setdefault(_first, []).insert(0, ("tag:yaml.org,2002:float", _number))
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads as the same: a run named 1e3 stands in quotes."""
+
+
+_TAG = "tag:yaml.org,2002:"
+_NUMBER = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
+_TRUTH = re.compile(r"^(true|True|TRUE|false|False|FALSE)$")
+_Loader.yaml_implicit_resolvers = {
+    first: [one for one in known if one[0] not in (f"{_TAG}bool", f"{_TAG}timestamp")]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _each in (_Loader, _Dumper):
+    _each.add_implicit_resolver(f"{_TAG}float", _NUMBER, list("-+.0123456789"))
+_Loader.add_constructor(f"{_TAG}float", _Loader.construct_number)
+_Loader.add_implicit_resolver(f"{_TAG}bool", _TRUTH, list("tTfF"))
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -128,11 +178,22 @@ def parse_yaml(text: str, where: str) -> Any:
         ) from None
 
 
+def as_yaml(raw: Mapping[str, Any]) -> str:
+    """Plain data as YAML that `parse_yaml` reads as the same."""
+    text: str = yaml.dump(raw, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text
+
+
 def _parsed(override: str) -> dict[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not key or any(not part for part in key.split(".")):
         raise ConfigError("an override is key=value", where="the command line", seen=override, fix="optim.lr=1e-3")
-    value = parse_yaml(text, override) if text else None
+    try:
+        value = parse_yaml(text, override) if text else None
+    except ConfigError as error:
+        raise ConfigError(
+            "the value of an override is not YAML", where=override, seen=error.seen, fix=f"'{key}=\"{text}\"'"
+        ) from None
     for part in reversed(key.split(".")):
         value = {part: value}
     return cast(dict[str, Any], value)
@@ -185,32 +246,78 @@ def _checked(raw: dict[str, Any], source: str, origins: dict[str, str]) -> Confi
     raise ConfigError(
         f"{many} in the configuration\n" + "\n".join(lines),
         where=source,
-        fix="sfumato train RECIPE --print-config shows every key",
+        fix="sfumato train quickstart --print-config shows every key",
     )
 
 
 def _line(problem: Problem, origins: dict[str, str]) -> str:
-    keys = [key for key in origins if key == problem.where or key.startswith(f"{problem.where}.")]
-    said = f", from {origins[keys[-1]]}" if keys else ""
-    seen = f" (seen: {problem.seen}{said})" if problem.seen else said
+    origin = _origin(problem.where, origins)
+    said = f", from {origin}" if origin else ""
+    seen = f" (seen: {problem.seen}{said})" if problem.seen else f" ({said.removeprefix(', ')})" if said else ""
     return f"  {problem.where} {problem.what}{seen}" + (f"\n      try: {problem.fix}" if problem.fix else "")
 
 
+def _origin(where: str, origins: dict[str, str]) -> str | None:
+    """Who set a key: itself, its kind, the last of what is in it, or else what it is in."""
+    own = [key for key in origins if key in (where, f"{where}.kind")]
+    inside = [key for key in origins if key.startswith(f"{where}.")]
+    around = [key for key in origins if where.startswith(f"{key}.")]
+    keys = own or inside or around
+    return origins[keys[-1]] if keys else None
+
+
+# What pydantic says, as we say it.
+_WORDS = {
+    "int_type": "should be a whole number",
+    "int_parsing": "should be a whole number",
+    "int_from_float": "should be a whole number",
+    "float_type": "should be a number",
+    "float_parsing": "should be a number",
+    "finite_number": "should be a finite number",
+    "bool_type": "should be true or false",
+    "bool_parsing": "should be true or false",
+    "string_type": "should be text",
+    "list_type": "should be a list",
+    "tuple_type": "should be a list",
+    "dict_type": "should be a name, or a mapping with kind and options",
+    "model_type": "should be a mapping of names to values",
+    "too_short": "should not be empty",
+    "missing": "is missing",
+    "value_error": "{error}",
+    "greater_than": "should be more than {gt:g}",
+    "greater_than_equal": "should be at least {ge:g}",
+    "less_than": "should be less than {lt:g}",
+    "less_than_equal": "should be at most {le:g}",
+    "literal_error": "should be one of {expected}",
+    "string_pattern_mismatch": "should be letters, digits, spaces, dots and dashes, and no path",
+}
+
+
 def _problem(error: Any) -> Problem:
-    where = ".".join(str(part) for part in error["loc"])
+    where, seen = ".".join(str(part) for part in error["loc"]), repr(error["input"])
     if error["type"] == "extra_forbidden":
-        return Problem(where, "is no key of the configuration", repr(error["input"]), _nearest_key(error["loc"]))
-    if error["type"] == "missing":
-        return Problem(where, "is missing")
-    return Problem(where, error["msg"][0].lower() + error["msg"][1:], repr(error["input"]))
+        return Problem(where, "is no key of the configuration", seen, _nearest_key(error["loc"]))
+    ours = _WORDS.get(error["type"])
+    words = ours.format(**error.get("ctx", {})) if ours else error["msg"][0].lower() + error["msg"][1:]
+    return Problem(where, words, "" if error["type"] == "missing" else seen)
 
 
 def _nearest_key(place: tuple[Any, ...]) -> str:
-    model: Any = Config
+    model: type[BaseModel] = Config
     for part in place[:-1]:
+        if isinstance(part, int):
+            continue
         field = next((f for n, f in model.model_fields.items() if (f.alias or n) == part), None)
-        inner = getattr(field, "annotation", None)
-        if not hasattr(inner, "model_fields"):
+        inner = _section(field.annotation) if field else None
+        if inner is None:
             return "remove it"
         model = inner
     return nearest(str(place[-1]), [f.alias or n for n, f in model.model_fields.items()])
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The section that an annotation speaks of: itself, or what a list is of."""
+    for one in (annotation, *get_args(annotation)):
+        if isinstance(one, type) and issubclass(one, BaseModel):
+            return one
+    return None

@@ -56,6 +56,33 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class OptimalTransport:
+    """Flow matching's conditional optimal transport: alpha = 1 - t, sigma from `sigma_min` to 1 (Lipman et al. 2022).
+
+    The only path that never quite reaches the data: at t = 0 `sigma_min` of noise is left (eq. 20-23, time reversed).
+    """
+
+    sigma_min: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sigma_min < 1:
+            raise ConfigError("sigma_min lies between 0 and 1", where="path.sigma_min", seen=f"{self.sigma_min:g}")
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.sigma_min + (1 - self.sigma_min) * t
+
+    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return -torch.ones_like(t), torch.full_like(t, 1 - self.sigma_min)
+
+    def time(self, log_snr: Tensor) -> Tensor:
+        # sigma / alpha - sigma_min is t / (1 - t)
+        return torch.sigmoid(torch.log((torch.exp(-log_snr / 2) - self.sigma_min).clamp(min=0)))
+
+
+@dataclass(frozen=True)
 class Cosine:
     """A quarter turn: alpha = cos(pi t / 2), sigma = sin(pi t / 2). SiT's GVP, TrigFlow with time rescaled."""
 
@@ -98,17 +125,14 @@ class VariancePreserving:
     beta_min: float = 0.1
     beta_max: float = 20.0
 
-    def _log_alpha(self, t: Tensor) -> Tensor:
-        return -0.25 * t**2 * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
-
     def alpha(self, t: Tensor) -> Tensor:
-        return torch.exp(self._log_alpha(t))
+        return torch.exp(_log_alpha(self, t))
 
     def sigma(self, t: Tensor) -> Tensor:
-        return torch.sqrt(-torch.expm1(2 * self._log_alpha(t)))
+        return torch.sqrt(-torch.expm1(2 * _log_alpha(self, t)))
 
     def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        alpha, beta = self.alpha(t), self.beta_min + t * (self.beta_max - self.beta_min)
+        alpha, beta = self.alpha(t), _beta(self, t)
         sigma = self.sigma(t).clamp(
             min=1e-18
         )  # sigma rises infinitely fast at the data; the velocity's x0 is finite there
@@ -118,7 +142,43 @@ class VariancePreserving:
         y = softplus(
             -log_snr
         )  # -2 log alpha; torch's softplus is exact only below its threshold of 20, as y is linear above
-        return 2 * y / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * (self.beta_max - self.beta_min) * y))
+        return _time_of(self, y)
+
+
+@dataclass(frozen=True)
+class SubVariancePreserving:
+    """The sub-VP SDE: alpha as on `VariancePreserving`, but sigma = 1 - alpha^2 (Song et al. 2021, section 3.4)."""
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.exp(_log_alpha(self, t))
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return -torch.expm1(2 * _log_alpha(self, t))
+
+    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, beta = self.alpha(t), _beta(self, t)
+        return -beta / 2 * alpha, beta * alpha**2
+
+    def time(self, log_snr: Tensor) -> Tensor:
+        # alpha / (1 - alpha^2) = r is a square in alpha, whose root is exp(-asinh(1 / 2 r))
+        return _time_of(self, 2 * torch.asinh(torch.exp(-log_snr / 2) / 2))
+
+
+def _beta(path: VariancePreserving | SubVariancePreserving, t: Tensor) -> Tensor:
+    return path.beta_min + t * (path.beta_max - path.beta_min)
+
+
+def _log_alpha(path: VariancePreserving | SubVariancePreserving, t: Tensor) -> Tensor:
+    """Minus half the integral of beta."""
+    return -0.25 * t**2 * (path.beta_max - path.beta_min) - 0.5 * t * path.beta_min
+
+
+def _time_of(path: VariancePreserving | SubVariancePreserving, y: Tensor) -> Tensor:
+    """The time at which -2 log alpha is y: a square in t, solved without cancellation."""
+    return 2 * y / (path.beta_min + torch.sqrt(path.beta_min**2 + 2 * (path.beta_max - path.beta_min) * y))
 
 
 Betas = Literal["linear", "scaled_linear", "cosine", "sigmoid"]
@@ -220,7 +280,7 @@ class Tabulated:
         if self.zero_terminal_snr:
             rate = torch.exp(table[-2] / 2) * n
             end = _from_ratio((1 - t) * rate, -rate)
-            parts = [torch.where(t * n > n - 1, a, b) for a, b in zip(end, parts, strict=True)]
+            parts = [torch.where(t * n >= n - 1, a, b) for a, b in zip(end, parts, strict=True)]
         return parts[0], parts[1], parts[2], parts[3]
 
 
@@ -260,6 +320,12 @@ def _from_ratio(ratio: Tensor, rate: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
 def log_snr(path: Path, t: Tensor) -> Tensor:
     """log(alpha^2 / sigma^2): infinite at t = 0."""
     return 2 * (torch.log(path.alpha(t)) - torch.log(path.sigma(t)))
+
+
+def diffusion_squared(path: Path, t: Tensor) -> Tensor:
+    """g^2 of the SDE dx = (alpha' / alpha) x dt + g dW that has these kernels, for t > 0: infinite where alpha is 0."""
+    (alpha_rate, sigma_rate), alpha, sigma = path.rates(t), path.alpha(t), path.sigma(t)
+    return 2 * sigma * (sigma_rate - alpha_rate / alpha * sigma)
 
 
 def along(t: Tensor, like: Tensor) -> Tensor:

@@ -1,13 +1,14 @@
 """Pipelines: from prompts to pictures, with a model, a sampler, a grid, guidance and seeds.
 
-Each picture draws its noise from its own generator, so it depends on its seed and its prompt, and not on what shares its batch. Rows of
-one batch go through the network together, all branches of the guidance at once.
+Each picture draws its noise from its own generator, so it depends on its seed and its prompt, and not on what shares
+its batch. Rows of one batch go through the network together, all branches of the guidance at once.
 """
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from numbers import Integral, Real
+from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,91 +18,26 @@ from PIL import Image as Pillow
 from torch import Tensor
 
 from sfumato import __version__
-from sfumato.catalogue import KINDS, build
+from sfumato.catalogue import build
 from sfumato.conditioners import Raw
 from sfumato.data.picture import Image
 from sfumato.data.sheet import sheet
 from sfumato.denoiser import Cond
-from sfumato.errors import ConfigError, DataError, MachineError, MemoryShortage, nearest
-from sfumato.guidance import CFG, Guidance, Unguided, guided
+from sfumato.errors import CheckpointError, ConfigError, DataError, MachineError, MemoryShortage, nearest
+from sfumato.guidance import guided
 from sfumato.io.directory import load_model
 from sfumato.io.pictures import save_png, slug, unused
 from sfumato.model import Model, compile_net, pick_device
-from sfumato.registry import check
+from sfumato.paths import noised
 from sfumato.samplers import SeededNoise, Step, sample
+from sfumato.settings import Interval, Settings, is_whole
+from sfumato.starts import Begin, begin, known_where
 
 Prompt = str | int | Raw | None  # text, a label, the raw fields of a conditioner, or nothing
-Interval = tuple[float, float | None]  # noise levels sigma / alpha, (low, high]; no high is no end
 Progress = Callable[[int, int], None]  # steps done, of how many
 
+TUNED = "tuned"  # the name of whatever `sfumato tune-sampler` made for this number of steps
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to sample. sampler, grid: names or slots. guidance: 1 is off. interval: noise levels (low, high]."""
-
-    sampler: str | Mapping[str, Any] = "dpmpp_2m"
-    grid: str | Mapping[str, Any] = "linear"
-    steps: int = 20
-    guidance: float = 1.0
-    interval: Interval | None = None
-    rescale: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.steps, Integral) or self.steps < 1:
-            raise ConfigError(
-                "sampling takes a whole number of steps, at least one",
-                where="steps",
-                seen=repr(self.steps),
-                fix="steps=20",
-            )
-        if not isinstance(self.guidance, Real) or not 0 <= self.guidance < float("inf"):
-            raise ConfigError(
-                "a guidance scale is a number from 0; 1 is off",
-                where="guidance",
-                seen=repr(self.guidance),
-                fix="guidance=3",
-            )
-        if not isinstance(self.rescale, Real) or not 0 <= self.rescale <= 1:
-            raise ConfigError(
-                "guidance rescale lies between 0 and 1", where="rescale", seen=repr(self.rescale), fix="rescale=0.7"
-            )
-        if self.interval is not None:
-            self._check_interval(self.interval)
-        problems = [*check(self.sampler, "Sampler", KINDS, "sampler"), *check(self.grid, "Grid", KINDS, "grid")]
-        if problems:
-            what = "; ".join(f"{one.where} {one.what}" for one in problems)
-            first = problems[0]
-            raise ConfigError(what, where=first.where, seen=first.seen, fix=first.fix)
-
-    def guide(self, cond: Cond, null: Callable[[], Cond]) -> Guidance:
-        """The guidance for a condition."""
-        if self.guidance == 1 or not cond:
-            return Unguided(cond)
-        low, high = self.interval or (0.0, None)
-        return CFG(cond, null(), float(self.guidance), (low, float("inf") if high is None else high), self.rescale)
-
-    def plain(self) -> dict[str, Any]:
-        """As plain data; an endless interval has no number for its end."""
-        low, high = self.interval or (0.0, None)
-        unending = high is None or high == float("inf")
-        return {
-            "sampler": self.sampler,
-            "grid": self.grid,
-            "steps": int(self.steps),
-            "guidance": float(self.guidance),
-            "interval": None if self.interval is None else [float(low), None if unending else float(high or 0)],
-            "rescale": float(self.rescale),
-        }
-
-    @staticmethod
-    def _check_interval(interval: Any) -> None:
-        pair = list(interval) if isinstance(interval, Sequence) and not isinstance(interval, str) else []
-        ends = [float("inf") if i == 1 and end is None else end for i, end in enumerate(pair)]
-        if len(ends) != 2 or not all(isinstance(end, Real) for end in ends) or not 0 <= ends[0] < ends[1]:
-            what = "a guidance interval runs from a lower to a higher noise level"
-            raise ConfigError(what, where="interval", seen=repr(interval), fix="interval=(0.2, 5)")
 
 
 class Samples(NamedTuple):
@@ -144,9 +80,12 @@ class Order:
     settings: Settings
     size: tuple[int, int]
     negative: Raw | None
+    begin: Begin | None = None
 
     def part(self, start: int, stop: int) -> "Order":
-        return Order(self.raw[start:stop], self.seeds[start:stop], self.settings, self.size, self.negative)
+        """Pictures `start` to `stop` of it."""
+        begun = None if self.begin is None else self.begin.part(start, stop)
+        return replace(self, raw=self.raw[start:stop], seeds=self.seeds[start:stop], begin=begun)
 
 
 class Pipeline:
@@ -164,6 +103,7 @@ class Pipeline:
         self.device = pick_device(device) if isinstance(device, str) else device
         self.model = model.to(self.device).eval()
         self.precision = precision
+        self.tuned: dict[int, dict[str, Any]] = {}  # slots of samplers made for this model, by number of steps
         if compile:
             compile_net(self.model.net, self.device)
 
@@ -176,7 +116,23 @@ class Pipeline:
             raise ConfigError(
                 "no such setting", where="sampling", seen=name, fix=nearest(name, Settings.__dataclass_fields__)
             )
-        return Settings(**{**known, **changes})
+        return Settings(**{**known, **self._fitted(known, changes), **changes})
+
+    def _fitted(self, known: Mapping[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+        """The slots of a sampler tuned for so many steps: where nothing else is asked for, or by the name "tuned"."""
+        by_name = changes.get("sampler") == TUNED
+        if by_name:
+            del changes["sampler"]
+        steps = changes.get("steps", known.get("steps"))
+        if not by_name and (steps not in self.tuned or changes.keys() & {"sampler", "grid"}):
+            return {}
+        if steps not in self.tuned:
+            there = ", ".join(map(str, sorted(self.tuned))) or "none"
+            fix = f"sfumato tune-sampler RUN --steps {steps}"
+            raise ConfigError(
+                "no sampler was tuned for so many steps", where="steps", seen=f"{steps}; there are {there}", fix=fix
+            )
+        return self.tuned[steps]
 
     def sample(
         self,
@@ -191,6 +147,9 @@ class Pipeline:
         negative: Prompt = None,
         seeds: int | Sequence[int] | None = None,
         size: int | tuple[int, int] | None = None,
+        image: Any = None,
+        strength: float | None = None,
+        mask: Any = None,
         batch: int = 64,
         progress: Progress | None = None,
     ) -> Samples:
@@ -199,7 +158,8 @@ class Pipeline:
         prompts: texts, labels, or raw fields like {"label": 3}; None draws without a condition. seeds: one for each
         picture, or a first one to count from (0). size: (height, width), where the network can. batch: pictures at a
         time. negative: what to steer away from. interval: noise levels (low, high] within which to guide; (0, None) is
-        all. progress: called with the steps done, and all.
+        all. image, strength, mask: a picture to start from, the share of the steps to make, and what of it may change
+        (white), see `sfumato.starts.begin`. progress: called with the steps done, and all.
         Raises DataError for words that the model does not know, ConfigError for settings that cannot be.
         """
         changes = {
@@ -211,13 +171,16 @@ class Pipeline:
             "rescale": rescale,
         }
         order = self._order(prompts, seeds, size, negative, changes)
-        if not isinstance(batch, Integral) or batch < 1:
+        order = replace(order, begin=begin(image, mask, strength, len(order.raw), order.size))
+        if not (is_whole(batch) and batch >= 1):
             raise ConfigError("a batch holds at least one picture", where="batch", seen=repr(batch), fix="batch=64")
         images, n, each = [], len(order.raw), int(order.settings.steps)
         rounds = -(-n // batch)
         for i in range(rounds):
             tell = None if progress is None else _telling(progress, i * each, rounds * each, each)
-            images.append(self.pictures(self._drawn(order.part(i * batch, (i + 1) * batch), tell)))
+            part = order.part(i * batch, (i + 1) * batch)
+            drawn = self.pictures(self._drawn(part, tell))
+            images.append(drawn if part.begin is None else part.begin.restored(drawn))
         return Samples(np.concatenate(images), [self._said(order, i) for i in range(n)])
 
     def steps(
@@ -257,8 +220,9 @@ class Pipeline:
         return last.x
 
     def _times(self, order: Order) -> Tensor:
-        times: Tensor = build(order.settings.grid, "Grid")(self.model.denoiser.path, int(order.settings.steps))
-        return times
+        n = int(order.settings.steps)
+        times: Tensor = build(order.settings.grid, "Grid")(self.model.denoiser.path, n)
+        return times if order.begin is None else times[n - max(1, round(n * order.begin.strength)) :]
 
     def _walk(self, order: Order, times: Tensor) -> Iterator[Step]:
         """The sampling of one batch."""
@@ -267,10 +231,17 @@ class Pipeline:
         with torch.inference_mode(), self._autocast():
             cond = self.model.cond(order.raw)
             guide = order.settings.guide(cond, lambda: self._null(len(order.raw), order.negative))
-        start = float(path.sigma(times[:1].to("cpu", torch.float64)))
-        x = noise(torch.empty(len(order.raw), *shape, device=self.device)) * start
-        running = build(order.settings.sampler, "Sampler")(path, x, times, noise)
-        walk = sample(running, guided(self._forward, path, guide))
+        x, denoise = noise(torch.empty(len(order.raw), *shape, device=self.device)), guided(self._forward, path, guide)
+        if order.begin is None:
+            x = x * float(path.sigma(times[:1].to("cpu", torch.float64)))
+        else:
+            with torch.inference_mode():
+                known = order.begin.encoded(self.model.codec, self.device)
+                x = noised(path, known, x, times[0].to("cpu", torch.float64)).to(x)
+                free = order.begin.free(known)
+            denoise = denoise if free is None else known_where(denoise, known, free)
+        running = build(order.settings.sampler, "Sampler")(path, x, times)
+        walk = sample(running, denoise, noise)
         while True:
             with torch.inference_mode():  # entered anew for each step: a context left open in a generator leaks
                 step = next(walk, None)
@@ -368,8 +339,8 @@ class Pipeline:
     def _size(self, size: Any) -> tuple[int, int]:
         if size is None:
             return self.model.size
-        pair = [size, size] if isinstance(size, Integral) else list(size) if isinstance(size, (tuple, list)) else []
-        if len(pair) != 2 or not all(isinstance(one, Integral) and one >= 1 for one in pair):
+        pair = [size, size] if is_whole(size) else list(size) if isinstance(size, (tuple, list)) else []
+        if len(pair) != 2 or not all(is_whole(one) and one >= 1 for one in pair):
             raise ConfigError(
                 "a size is a height and a width, from 1", where="size", seen=repr(size), fix=f"size={self.model.size}"
             )
@@ -404,9 +375,7 @@ def load(
 
     precision, compile: as of `Pipeline`. trust: as of `sfumato.io.directory.load_model`.
     """
-    folder = Path(path).expanduser()
-    if (folder / "model" / "model.json").is_file():
-        folder = folder / "model"
+    folder = model_folder(path)
     if not folder.exists():
         near = sorted(p.parent.parent.as_posix() for p in Path("runs").glob("*/model/model.json"))
         raise DataError(
@@ -415,12 +384,32 @@ def load(
             seen="no folder",
             fix=", ".join(near) or "sfumato train quickstart",
         )
-    return Pipeline(load_model(folder, trust=trust), device, precision=precision, compile=compile)
+    pipeline = Pipeline(load_model(folder, trust=trust), device, precision=precision, compile=compile)
+    pipeline.tuned = dict(_tuned(folder))
+    return pipeline
+
+
+def model_folder(path: str | Path) -> Path:
+    """The model directory that is meant: a run's `model/`, or the folder itself."""
+    folder = Path(path).expanduser()
+    return folder / "model" if (folder / "model" / "model.json").is_file() else folder
+
+
+def _tuned(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The samplers that were tuned for a model, by their number of steps (see `sfumato.tuning`)."""
+    for path in sorted((folder / "samplers").glob("*.json")):
+        try:
+            said = json.loads(path.read_text(encoding="utf-8"))
+            yield int(said["steps"]), {"sampler": said["sampler"], "grid": said["grid"]}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                "a tuned sampler cannot be read", where=str(path), seen=str(error), fix=f"rm {path}"
+            ) from None
 
 
 def _seeds(seeds: Any, n: int) -> list[int]:
     """A seed for each of n pictures."""
-    if seeds is None or isinstance(seeds, Integral):
+    if seeds is None or is_whole(seeds):
         return [int(seeds or 0) + i for i in range(n)]
     given = list(seeds)
     if len(given) != n:
@@ -430,7 +419,7 @@ def _seeds(seeds: Any, n: int) -> list[int]:
             seen=f"{len(given)} seeds for {n} pictures",
             fix="seeds=0 counts from 0",
         )
-    if wrong := [seed for seed in given if not isinstance(seed, Integral)]:
+    if wrong := [seed for seed in given if not is_whole(seed)]:
         raise ConfigError("a seed is a whole number", where="seeds", seen=repr(wrong[0]), fix="seeds=0 counts from 0")
     return [int(seed) for seed in given]
 

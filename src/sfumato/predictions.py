@@ -27,8 +27,8 @@ class Prediction:
         return a * x0 + b * eps
 
     def x0(self, path: Path, y: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The data that an answer `y` at x_t stands for. At sigma = 0 it is x_t / alpha, whatever y says."""
-        if self is X0:
+        """The data that an answer `y` at x_t stands for. At sigma = 0 it is x_t / alpha, whatever y says; X0's is y."""
+        if self == X0:
             return y
         t = along(t, x_t)
         (a, b), alpha, sigma = self.mix(path, t), path.alpha(t), path.sigma(t)
@@ -36,7 +36,7 @@ class Prediction:
 
     def answer(self, path: Path, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The inverse of `x0`: what the network would have said. Undefined at sigma = 0."""
-        if self is X0:
+        if self == X0:
             return x0
         t = along(t, x_t)
         (a, b), alpha, sigma = self.mix(path, t), path.alpha(t), path.sigma(t)
@@ -44,11 +44,15 @@ class Prediction:
 
     def gain(self, path: Path, t: Tensor) -> Tensor:
         """How much an error in x0 is magnified in this prediction, at fixed x_t: converts losses between spaces."""
+        if self == X0:
+            return torch.ones_like(t)
         a, b = self.mix(path, t)
         return (b * path.alpha(t) / path.sigma(t) - a).abs()
 
     def determines(self, path: Path, t: Tensor) -> Tensor:
         """Whether x0 follows from an answer at t: noise predictions say nothing where alpha = 0."""
+        if self == X0:
+            return torch.ones_like(t, dtype=torch.bool)
         a, b = self.mix(path, t)
         return (path.alpha(t) * b - path.sigma(t) * a).abs() > 0
 

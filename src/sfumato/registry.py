@@ -3,34 +3,27 @@
 A *slot* of a config is a name, or a mapping `{kind: NAME, option: value, ...}`; the kind is looked up in a table of
 targets, or is itself a target, "module:Name", so that a user's own class stands wherever one of ours does. A class is
 called with the options; a function keeps them for later (`partial`); "module:name()" calls a function that makes what
-is wanted; any other value is taken as it is. Options are read from the source by `ast`, so a mistyped one is reported
-before torch is imported.
+is wanted; any other value is taken as it is. Options are read from the source (see `sfumato.signatures`), so a mistyped
+one is reported before torch is imported.
 """
 
 import ast
 import functools
 import importlib
-import importlib.util
 import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, is_dataclass
-from pathlib import Path
+from dataclasses import is_dataclass
 from typing import Any, NamedTuple, get_type_hints
 
-from sfumato.errors import ConfigError, nearest
+from sfumato.errors import ConfigError, MachineError, SfumatoError, nearest
+from sfumato.signatures import Option as Option
+from sfumato.signatures import exists, here, is_ours
+from sfumato.signatures import options_of as options_of
 
 Table = Mapping[str, str]
 Kinds = Mapping[str, Table]  # from the name of a type, as annotations write it, to the table of what it can be
-
-
-class Option(NamedTuple):
-    """One option of a target: its annotation as written, and whether it must be given."""
-
-    name: str
-    annotation: str
-    required: bool
 
 
 class Problem(NamedTuple):
@@ -42,24 +35,31 @@ class Problem(NamedTuple):
     fix: str = ""
 
 
-@dataclass(frozen=True)
-class Source:
-    """The syntax tree of the module a target lives in, and the node that defines it."""
-
-    tree: ast.Module
-    node: ast.stmt | None
-
-
 def resolve(target: str) -> Any:
-    """The object that "module:Name" names; ConfigError if there is none. The current directory can be imported from."""
+    """The object that "module:Name" names. The current directory can be imported from.
+
+    ConfigError if there is none or its module cannot be imported; MachineError if that needs a library that is missing.
+    """
     module, _, name = target.removesuffix("()").partition(":")
-    with _here():
-        try:
+    try:
+        with here(module):
             found = importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            raise ConfigError(
-                "a module cannot be found", where=target, seen=str(error), fix="a module that can be imported from here"
-            ) from None
+    except ModuleNotFoundError as error:
+        if error.name is not None and not f"{module}.".startswith(f"{error.name}."):
+            raise MachineError(
+                "a library is missing",
+                where=target,
+                seen=str(error),
+                fix="install it, or run where it is",
+            ) from error
+        raise ConfigError(
+            "a module cannot be found", where=target, seen=str(error), fix="a module that can be imported from here"
+        ) from None
+    except Exception as error:
+        if is_ours(module) or isinstance(error, SfumatoError):
+            raise
+        seen = f"{type(error).__name__}: {error}"
+        raise ConfigError("a module cannot be imported", where=target, seen=seen) from error
     if not hasattr(found, name):
         raise ConfigError(
             "a module lacks what was asked of it",
@@ -75,39 +75,31 @@ def target_of(kind: str, table: Table) -> str | None:
     return table.get(kind) or (kind if re.fullmatch(r"[\w.]+:\w+(\(\))?", kind) else None)
 
 
-def options_of(target: str) -> dict[str, Option] | None:
-    """The options of a target, read from its source; None where that cannot tell (then nothing is checked)."""
-    source = _source(target)
-    if source is None or source.node is None:
-        return None
-    node = source.node
-    if isinstance(node, ast.FunctionDef):
-        return _of_function(node, every=target.endswith("()"))
-    if isinstance(node, ast.ClassDef):
-        return _of_class(node, source.tree)
-    return {}
-
-
-def exists(target: str) -> bool:
-    """Whether the source of a target is there and defines it."""
-    source = _source(target)
-    return source is not None and source.node is not None
-
-
 def build(slot: Any, kind_of: str, kinds: Kinds) -> Any:
     """The object that a slot describes. `kind_of` names the table, as annotations do: "Path", "Weight"."""
     if slot is None or not isinstance(slot, (str, Mapping)):
         return slot
     given = {"kind": slot} if isinstance(slot, str) else dict(slot)
-    kind = str(given.pop("kind"))
+    kind = str(given.pop("kind", ""))
     target = target_of(kind, kinds[kind_of])
     if target is None:
         raise ConfigError(
             f"unknown {kind_of.lower()}", where=kind_of.lower(), seen=kind, fix=nearest(kind, kinds[kind_of])
         )
-    known = options_of(target) or {}
+    found, known = resolve(target), options_of(target)
+    known = _of_object(found) if known is None else known
     options = {name: _value(value, known.get(name), kinds) for name, value in given.items()}
-    return _made(resolve(target), options, called=target.endswith("()"))
+    return _made(found, options, called=target.endswith("()"))
+
+
+def _of_object(found: Any) -> dict[str, Option]:
+    """The options of what its source alone does not tell of, one's own class above which stands one of ours, say."""
+    try:
+        told = (inspect.isclass(found) and _config_class(found)) or found
+        parameters = inspect.signature(told).parameters.values()
+    except (TypeError, ValueError):
+        return {}
+    return {one.name: Option(one.name, inspect.formatannotation(one.annotation), False) for one in parameters}
 
 
 def _made(found: Any, options: dict[str, Any], called: bool) -> Any:
@@ -134,8 +126,10 @@ def _tupled(value: Any) -> Any:
 
 
 def _slot_kind(annotation: str, kinds: Kinds) -> str | None:
-    """The table that an option is a slot of: that whose name its annotation mentions."""
-    return next((kind for kind in kinds if re.search(rf"\b{kind}\b", annotation)), None)
+    """The table that an option is a slot of: that whose name its annotation mentions, unless it is `pathlib.Path`."""
+    names = (dotted.rpartition(".") for dotted in re.findall(r"[\w.]+", annotation))
+    mentioned = {name for home, _, name in names if home.partition(".")[0] not in sys.stdlib_module_names}
+    return next((kind for kind in kinds if kind in mentioned), None)
 
 
 def _config_class(found: type) -> Any:
@@ -154,7 +148,7 @@ def check(slot: Any, kind_of: str, kinds: Kinds, where: str) -> Iterator[Problem
             where,
             "names something to use, alone or as `kind` with options",
             repr(slot),
-            f"{where}={next(iter(kinds[kind_of]))}",
+            f"{where}={next(iter(kinds[kind_of]), 'module:Name')}",
         )
         return
     kind = given["kind"]
@@ -168,17 +162,20 @@ def check(slot: Any, kind_of: str, kinds: Kinds, where: str) -> Iterator[Problem
         return
     known = options_of(target)
     if known is not None:
-        yield from _check_options(given, known, kinds, where, kind)
+        others = {other: target for other, target in kinds[kind_of].items() if other != kind}
+        yield from _check_options(given, known, kinds, where, others)
 
 
 def _check_options(
-    given: Mapping[str, Any], known: Mapping[str, Option], kinds: Kinds, where: str, kind: str
+    given: Mapping[str, Any], known: Mapping[str, Option], kinds: Kinds, where: str, others: Table
 ) -> Iterator[Problem]:
+    kind = given["kind"]
     for name, value in given.items():
         if name == "kind":
             continue
         if name not in known:
-            hint = nearest(name, known) if known else "remove it"
+            homes = [other for other, target in others.items() if name in (options_of(target) or {})]
+            hint = f"{where}.kind={homes[0]}, which has it" if homes else nearest(name, known) if known else "remove it"
             yield Problem(f"{where}.{name}", f"is no option of {kind}", repr(value), hint)
             continue
         annotation = known[name].annotation
@@ -238,99 +235,3 @@ def _fits_each(value: Any, outer: str, inner: ast.expr) -> bool:
     if isinstance(inner.elts[-1], ast.Constant) and inner.elts[-1].value is ...:
         return all(_fits(one, inner.elts[0]) for one in value)
     return len(value) == len(inner.elts) and all(_fits(one, node) for one, node in zip(value, inner.elts, strict=True))
-
-
-def _of_function(node: ast.FunctionDef, every: bool) -> dict[str, Option]:
-    found, args = {}, node.args
-    if every:
-        first = len(args.args) - len(args.defaults)
-        found = {
-            arg.arg: Option(arg.arg, _text(arg.annotation), i < first)
-            for i, arg in enumerate(args.args)
-            if arg.arg not in ("self", "cls")
-        }
-    for arg, default in zip(args.kwonlyargs, args.kw_defaults, strict=True):
-        found[arg.arg] = Option(arg.arg, _text(arg.annotation), default is None)
-    return found
-
-
-def _of_class(node: ast.ClassDef, tree: ast.Module) -> dict[str, Option] | None:
-    if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
-        return _of_dataclass(node)
-    init = next((one for one in node.body if isinstance(one, ast.FunctionDef) and one.name == "__init__"), None)
-    if init is None:
-        return {} if not node.bases else None
-    known = _of_function(init, every=True)
-    if "config" in known:
-        config = _defined(tree, known["config"].annotation)
-        return _of_dataclass(config) if isinstance(config, ast.ClassDef) else None
-    return None if init.args.kwarg else known
-
-
-def _of_dataclass(node: ast.ClassDef) -> dict[str, Option]:
-    fields = [one for one in node.body if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)]
-    return {
-        one.target.id: Option(one.target.id, _text(one.annotation), one.value is None)
-        for one in fields
-        if isinstance(one.target, ast.Name) and "ClassVar" not in _text(one.annotation)
-    }
-
-
-def _text(node: ast.expr | None) -> str:
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return node.value
-    return "" if node is None else ast.unparse(node)
-
-
-@functools.lru_cache(maxsize=256)
-def _source(target: str) -> Source | None:
-    module, _, name = target.removesuffix("()").partition(":")
-    path = _file(module)
-    if path is None:
-        return None
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return Source(tree, _defined(tree, name))
-
-
-def _defined(tree: ast.Module, name: str) -> ast.stmt | None:
-    for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == name:
-            return node
-        targets = (
-            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        )
-        if any(isinstance(one, ast.Name) and one.id == name for one in targets):
-            return node
-        if isinstance(node, ast.ImportFrom) and any((one.asname or one.name) == name for one in node.names):
-            return node  # defined elsewhere: known to exist, its options are not read
-    return None
-
-
-def _file(module: str) -> Path | None:
-    """The file of a module, found without importing its packages."""
-    top, *rest = module.split(".")
-    with _here():
-        try:
-            spec = importlib.util.find_spec(top)
-        except ValueError:
-            return None
-    if spec is None or spec.origin is None:
-        return None
-    path = Path(spec.origin)
-    for part in rest:
-        folder = path.parent / part
-        path = folder / "__init__.py" if folder.is_dir() else path.parent / f"{part}.py"
-    return path if path.is_file() else None
-
-
-class _here:
-    """The current directory, importable for a while."""
-
-    def __enter__(self) -> None:
-        self.added = str(Path.cwd())
-        sys.path.insert(0, self.added)
-        importlib.invalidate_caches()
-
-    def __exit__(self, *_: object) -> None:
-        if self.added in sys.path:
-            sys.path.remove(self.added)

@@ -5,7 +5,6 @@ from pathlib import Path
 import typer
 
 from sfumato.cli.show import as_json, out, say
-from sfumato.errors import DataError
 
 MARKS = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "fault": "[red]✗[/]"}
 
@@ -19,16 +18,14 @@ def doctor(
     """Examine the machine, and of a run: does it listen to prompts, tell them apart, respond to guidance?"""
     from rich.markup import escape
 
-    if run is not None and not run.exists():
-        raise DataError("there is no such run", where=str(run), seen="no folder", fix="sfumato doctor")
     from sfumato.doctor import environment, of_run
+    from sfumato.pipeline import load
 
+    pipeline = None if run is None else load(run, device)
     findings = environment(run or Path())
-    if run is not None:
-        from sfumato.pipeline import load
-
+    if run is not None and pipeline is not None:
         say("examining the model; this draws some pictures")
-        findings += of_run(run, load(run, device), per_task=per_task)
+        findings += of_run(run, pipeline, per_task=per_task)
     if json:
         as_json({"ok": all(one.state != "fault" for one in findings), "findings": [one._asdict() for one in findings]})
         return

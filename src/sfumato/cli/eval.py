@@ -6,8 +6,8 @@ from typing import Any
 import typer
 from rich.table import Table
 
-from sfumato.cli.show import as_json, bar, out, say
-from sfumato.errors import ConfigError
+from sfumato.cli.show import as_json, bar, home, made, out, say
+from sfumato.errors import ConfigError, nearest
 
 SUITES = ("scenes",)
 
@@ -32,12 +32,15 @@ def evaluate(
 ) -> None:
     """Judge a model: the share of pictures that show exactly what the prompt says, with 95% intervals."""
     if suite not in SUITES:
-        raise ConfigError("no such suite", where="--suite", seen=suite, fix=", ".join(SUITES))
+        raise ConfigError("no such suite", where="--suite", seen=suite, fix=f"--suite {nearest(suite, SUITES)}")
+    from json import dumps
+
     from sfumato.files import write_atomic
     from sfumato.metrics.scenes import evaluate as judge
     from sfumato.pipeline import load
 
     pipeline = load(run, device, precision=precision)
+    place = made(folder or home(run) / "eval")
     with bar("drawing") as progress:
         report = judge(
             pipeline,
@@ -51,11 +54,8 @@ def evaluate(
             grid=times,
             guidance=guidance,
         )
-    place = folder or run / "eval"
     scores = report.as_dict()
     sheets = report.sheets(place)
-    from json import dumps
-
     write_atomic(place / "scenes.json", dumps(scores, indent=1) + "\n")
     if json:
         as_json(scores)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import typer
 
-from sfumato.cli.show import as_json, bar, out, say
+from sfumato.cli.show import as_json, bar, home, line, made, say
 from sfumato.errors import ConfigError, DataError
 
 
@@ -35,12 +35,13 @@ def sample(
 
     sfumato sample runs/quickstart "a red circle left of a blue square" --n 8 --steps 20
     """
-    wanted: list[str | None] = [*(prompts or []), *(_lines(file) if file else [])]
+    wanted: list[str | None] = [*(prompts or []), *(read_lines(file) if file else [])]
     height_width = _size(size) if size else None
     from sfumato.io.pictures import unused
     from sfumato.pipeline import load
 
     pipeline = load(run, device, precision=precision)
+    place = made(folder or home(run) / "pictures")
     asked = [prompt for prompt in wanted or [None] for _ in range(n)]
     with bar("drawing") as progress:
         drawn = pipeline.sample(
@@ -55,7 +56,6 @@ def sample(
             batch=batch,
             progress=progress,
         )
-    place = folder or run / "pictures"
     paths = drawn.save(place)
     sheet = None
     if grid:
@@ -66,20 +66,23 @@ def sample(
         as_json({"pictures": rows, "grid": str(sheet) if sheet else None})
         return
     for path in [*paths, *([sheet] if sheet else [])]:
-        out.print(str(path), markup=False, soft_wrap=True)
-    say(f"{len(paths)} pictures in {place}")
+        line(path)
+    say(f"{len(paths)} picture{'s' * (len(paths) > 1)} in {place}")
 
 
-def _lines(file: Path) -> list[str]:
+def read_lines(file: Path) -> list[str]:
+    """The lines of a file of prompts; DataError where there are none, or it is no text."""
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [text.strip() for text in file.read_text(encoding="utf-8-sig").splitlines()]
     except OSError as error:
-        raise DataError("the file of prompts cannot be read", where=str(file), seen=error.strerror) from None
+        raise DataError(
+            "the file of prompts cannot be read", where=str(file), seen=error.strerror, fix="one prompt on each line"
+        ) from None
     except UnicodeDecodeError as error:
         raise DataError(
             "the file of prompts is not text", where=str(file), seen=str(error), fix="save it as UTF-8"
         ) from None
-    found = [line for line in lines if line and not line.startswith("#")]
+    found = [text for text in lines if text and not text.startswith("#")]
     if not found:
         raise DataError("the file holds no prompts", where=str(file), fix="one prompt on each line")
     return found

@@ -1,15 +1,16 @@
-"""What commands share: JSON on stdout, talk and progress on stderr, paths of runs."""
+"""What commands share: JSON on stdout, talk and progress on stderr, where results are written."""
 
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-talk = Console(stderr=True, highlight=False)
-out = Console(highlight=False)
+talk = Console(stderr=True, highlight=False, emoji=False)
+out = Console(highlight=False, emoji=False)
 
 
 def as_json(value: Any) -> None:
@@ -20,6 +21,26 @@ def as_json(value: Any) -> None:
 def say(text: str) -> None:
     """A line for people."""
     talk.print(text, markup=False, soft_wrap=True)
+
+
+def line(text: object) -> None:
+    """A line of the result, as it is."""
+    out.print(str(text), markup=False, soft_wrap=True)
+
+
+def home(run: Path) -> Path:
+    """Where that belongs which is made with a model: the run's folder, also for its `model/`, which is rewritten."""
+    run = run.expanduser()
+    return run.parent if run.name == "model" and (run.parent / "config.yaml").is_file() else run
+
+
+def made(folder: Path) -> Path:
+    """The folder, which is there from now on: better to learn that it cannot be before an hour of drawing."""
+    from sfumato.files import explained
+
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @contextmanager

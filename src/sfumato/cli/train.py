@@ -1,10 +1,11 @@
 """`sfumato train`: a recipe or a file, with anything changed by key=value."""
 
 from pathlib import Path
+from typing import NoReturn
 
 import typer
 
-from sfumato.cli.show import as_json, out, say
+from sfumato.cli.show import as_json, line, say
 from sfumato.errors import ConfigError
 
 
@@ -31,18 +32,20 @@ def train(
     sfumato train quickstart data.kind=folder data.path=DIR name=mine
     sfumato train --resume runs/mine
     """
-    from sfumato.overlay import load_config
+    from sfumato.overlay import load_config, recipes
 
     folder = Path(source)
     is_run = (folder / "config.yaml").is_file()
     if is_run and not resume and not print_config:
         raise ConfigError("this run exists already", where=str(folder), fix=f"sfumato train --resume {folder}")
+    if resume and not is_run and not folder.is_file() and source not in {recipe.name for recipe in recipes()}:
+        _no_run(folder)
     loaded = load_config(str(folder / "config.yaml") if is_run else source, overrides or [])
     place = run or (folder if is_run else Path("runs") / loaded.config.name)
     if print_config:
         _print(loaded, json)
         return
-    if not resume and (place / "checkpoints").exists():
+    if not resume and any((place / "checkpoints").glob("step-*")):
         raise ConfigError(
             "this run exists already", where=str(place), fix=f"sfumato train --resume {place}, or name=ANOTHER"
         )
@@ -52,20 +55,32 @@ def train(
     if json:
         as_json({"run": str(place), "model": str(model)})
     else:
-        say(f'next: sfumato sample {place} "a prompt", sfumato eval {place} --suite scenes, sfumato doctor {place}')
+        line(model)
+        judge = f"sfumato eval {place} --suite scenes, " if loaded.config.data["kind"] == "scenes" else ""
+        say(f'next: sfumato sample {place} "a prompt", {judge}sfumato doctor {place}')
+
+
+def _no_run(folder: Path) -> NoReturn:
+    near = sorted(
+        {path.parent.as_posix() for place in (folder.parent, Path("runs")) for path in place.glob("*/config.yaml")}
+    )
+    raise ConfigError(
+        "there is no run to resume",
+        where=str(folder),
+        seen="no config.yaml" if folder.is_dir() else "no folder",
+        fix=", ".join(f"sfumato train --resume {one}" for one in near[-3:]) or "sfumato train quickstart",
+    )
 
 
 def _print(loaded: object, json: bool) -> None:
-    import yaml
-
-    from sfumato.overlay import Loaded, leaves, resolved
+    from sfumato.overlay import Loaded, as_yaml, leaves, resolved
 
     assert isinstance(loaded, Loaded)
     whole = resolved(loaded.config)
     if json:
         as_json(whole)
         return
-    out.print(yaml.safe_dump(whole, sort_keys=False, allow_unicode=True), markup=False, end="")
+    print(as_yaml(whole), end="", flush=True)
     for key in leaves(whole):
         if key in loaded.origins:
             say(f"# {key}: {loaded.origins[key]}")

@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image as Pillow
+from PIL.ExifTags import Base
 
-from sfumato.data.folder import Folder, fitted
+from sfumato.data.folder import Folder, fault, inside
+from sfumato.data.order import indices
 from sfumato.data.picture import Dataset
+
+LOOKED_AT = 500  # pictures of a source that makes them
+ORIENTATION = Base.Orientation
 
 
 @dataclass
@@ -39,13 +44,15 @@ class Report:
 
 
 def report(dataset: Dataset) -> Report:
-    """Looks at a source: every file of a folder is decoded; of others the captions are counted."""
-    captions = [text for text, _ in zip(dataset.captions(), range(100_000), strict=False)]
-    words = Counter(word for text in captions for word in text.lower().split())
+    """Looks at a source: every file of a folder is decoded; of others some captions are looked at."""
+    some = indices(0, min(len(dataset), LOOKED_AT), len(dataset), 0).tolist()
+    own = isinstance(dataset, Folder)
+    captions = list(dataset.captions()) if own else [str(dataset[i].fields.get("caption") or "") for i in some]
+    words = {word for text in captions for word in text.lower().split()}
     found = Report(
         pictures=len(dataset), size=dataset.shape, words=len(words), longest=max(captions, key=len, default="")
     )
-    found.captioned = len(dataset)
+    found.captioned = len(dataset) if any(captions) else 0
     found.classes = list(getattr(dataset, "classes", ()))
     if isinstance(dataset, Folder):
         _files(dataset, found)
@@ -54,22 +61,25 @@ def report(dataset: Dataset) -> Report:
 
 def _files(folder: Folder, found: Report) -> None:
     root, height, width = Path(folder.path).expanduser(), *folder.shape
-    found.unreadable = [(str(path.relative_to(root)), why) for path, why in folder.found[1]]
+    found.unreadable = [(inside(root, path), why) for path, why in folder.found[1]]
     sizes, contents, formats = Counter[str](), dict[str, list[str]](), Counter[str]()
     for entry in folder.entries:
-        name = str(entry.path.relative_to(root))
-        try:
-            with Pillow.open(entry.path) as image:
-                formats[image.format or "?"] += 1
-                sizes[f"{image.width}x{image.height}"] += 1
-                found.enlarged += image.width < width or image.height < height
-            fitted(entry.path, folder.shape)
-        except (OSError, SyntaxError, ValueError) as error:
-            found.unreadable.append((name, str(error)))
+        name = inside(root, entry.path)
+        why = None if folder.unreadable == "skip" else fault(entry.path, whole=True)  # "skip" has decoded them
+        if why:
+            found.unreadable.append((name, why))
             continue
+        with Pillow.open(entry.path) as image:
+            formats[image.format or "?"] += 1
+            w, h = image.size if image.getexif().get(ORIENTATION, 1) < 5 else image.size[::-1]
+            sizes[f"{w}x{h}"] += 1
+            found.enlarged += w < width or h < height
         contents.setdefault(hashlib.sha256(entry.path.read_bytes()).hexdigest(), []).append(name)
         if entry.caption is None:
             found.uncaptioned.append(name)
-    found.captioned = sum(entry.caption is not None for entry in folder.entries)
+    found.pictures = sum(formats.values())
+    found.captioned = found.pictures - len(found.uncaptioned)
+    if not found.captioned:  # a folder without any is one for a model without conditions
+        found.uncaptioned = []
     found.formats, found.file_sizes = dict(formats), [f"{size} ({n})" for size, n in sizes.most_common(8)]
     found.duplicates = [names for names in contents.values() if len(names) > 1]

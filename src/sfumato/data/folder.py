@@ -1,6 +1,6 @@
-"""A folder of one's own pictures. Captions come from `picture.txt` beside `picture.png`, from `metadata.jsonl` or
-`metadata.csv` (columns file_name and text, the Hugging Face "imagefolder" convention), or, without either, from the
-names of class folders.
+"""A folder of one's own pictures. Captions come from `metadata.jsonl` or `metadata.csv` (columns file_name and text,
+the Hugging Face "imagefolder" convention), from `picture.txt` beside `picture.png`, or, without either, from the names
+of class folders.
 
 Pictures are turned upright (EXIF), freed of transparency on white, scaled until they cover the asked-for size, and
 cropped to it in the middle.
@@ -8,15 +8,19 @@ cropped to it in the middle.
 
 import csv
 import json
+import os
 import threading
+import unicodedata
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image as Pillow
 from PIL import ImageOps, UnidentifiedImageError
 
@@ -25,6 +29,8 @@ from sfumato.errors import ConfigError, DataError
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 CAPTION_KEYS = ("text", "caption", "prompt")
+ROW = '{"file_name": "a.png", "text": "a red circle"}'
+READERS = 4  # threads that look at files; decoding gives up the interpreter's lock
 
 
 @dataclass(frozen=True)
@@ -36,12 +42,20 @@ class Entry:
     label: int | None
 
 
+class Look(NamedTuple):
+    """What a first look at a picture gave: why it cannot be used, or its sidecar's text where it has one."""
+
+    fault: str | None
+    text: str | None
+
+
 @dataclass(frozen=True)
 class Folder:
     """Pictures in a folder and the folders within.
 
     path: the folder. size: one side, or (height, width). captions: where they come from, by default whatever is there.
-    unreadable: "error" stops at a broken file, "skip" leaves it out. mirror: every picture also mirrored (not for
+    unreadable: "error" stops at a broken file; "skip" reads every file whole at the start, and leaves broken ones out.
+    mirror: every picture also mirrored (not for
     captions that speak of left and right). cache: MiB of decoded pictures to keep in memory.
     """
 
@@ -59,7 +73,10 @@ class Folder:
             raise ConfigError("pictures are at least 8 px", where="data.size", seen=str(self.size), fix="data.size=64")
         if not self.entries:
             raise DataError(
-                "no picture of this folder can be used", where=self.path, fix=f"sfumato data check {self.path}"
+                "no picture of this folder can be used",
+                where=self.path,
+                seen=_named(Path(self.path).expanduser(), self.found[1]),
+                fix="a folder with pictures that other programs open",
             )
 
     @property
@@ -69,35 +86,28 @@ class Folder:
 
     @cached_property
     def found(self) -> tuple[list[Entry], list[tuple[Path, str]]]:
-        """Every picture whose head can be read, and the others with the reason."""
+        """Every picture that can be read, and what is wrong with the others. Whole with "skip", else by their heads."""
         root = Path(self.path).expanduser()
         if not root.is_dir():
-            raise DataError(
-                "there is no such folder", where="data.path", seen=str(root), fix="data.path=A_FOLDER_OF_PICTURES"
-            )
-        files = sorted(
-            p
-            for p in root.rglob("*")
-            if p.suffix.lower() in SUFFIXES and not any(part[0] == "." for part in p.relative_to(root).parts)
-        )
-        if not files:
+            what = "this is no folder" if root.exists() else "there is no such folder"
+            raise DataError(what, where="data.path", seen=str(root), fix="data.path=A_FOLDER_OF_PICTURES")
+        paths = sorted(path for path in root.rglob("*") if _is_picture(path, root))
+        if not paths:
             raise DataError(
                 "the folder holds no pictures",
                 where=str(root),
                 seen=_contents(root),
                 fix=f"pictures ending in {', '.join(sorted(SUFFIXES))}",
             )
-        faults = [(path, fault) for path in files if (fault := _fault(path))]
+        entries, faults = self._sorted_out(root, paths)
         if faults and self.unreadable == "error":
-            named = "; ".join(f"{path.relative_to(root)}: {why}" for path, why in faults[:5])
             raise DataError(
-                f"{len(faults)} of {len(files)} pictures cannot be read",
+                f"{len(faults)} of {len(entries) + len(faults)} pictures cannot be used",
                 where=str(root),
-                seen=named,
+                seen=_named(root, faults),
                 fix="data.unreadable=skip, or remove them",
             )
-        broken = {path for path, _ in faults}
-        return self._captioned(root, [path for path in files if path not in broken]), faults
+        return entries, faults
 
     @cached_property
     def entries(self) -> list[Entry]:
@@ -143,32 +153,45 @@ class Folder:
                 return self._kept[place]
         try:
             image = fitted(self.entries[place].path, self.shape)
-        except (OSError, SyntaxError, ValueError, Pillow.DecompressionBombError) as error:
-            path = str(self.entries[place].path)
-            raise DataError(
-                "a picture cannot be read", where=path, seen=str(error), fix=f"sfumato data check {self.path}"
-            ) from error
+        except Exception as error:  # whatever a decoder makes of foreign bytes
+            path, fix = str(self.entries[place].path), "data.unreadable=skip, or remove it"
+            raise DataError("a picture cannot be read", where=path, seen=reason(error), fix=fix) from error
         with self._guard:
             self._kept[place] = image
             while len(self._kept) * image.nbytes > self.cache * 2**20:
                 self._kept.popitem(last=False)
         return image
 
-    def _captioned(self, root: Path, paths: list[Path]) -> list[Entry]:
+    def _sorted_out(self, root: Path, paths: list[Path]) -> tuple[list[Entry], list[tuple[Path, str]]]:
         table = _metadata(root) if self.captions_from in ("auto", "metadata") else {}
         if self.captions_from == "metadata" and not table:
             raise DataError(
-                "there is no metadata.jsonl or metadata.csv", where=str(root), fix="data.captions_from=auto"
+                "there are no captions in metadata.jsonl or metadata.csv",
+                where=str(root),
+                fix="data.captions_from=auto",
             )
-        names = sorted({path.relative_to(root).parts[0] for path in paths if len(path.relative_to(root).parts) > 1})
-        return [self._entry(root, path, table, names) for path in paths]
+        with ThreadPoolExecutor(READERS) as readers:
+            looks = list(readers.map(lambda path: self._look(path, _key(path.relative_to(root)) in table), paths))
+        faults = [(path, look.fault) for path, look in zip(paths, looks, strict=True) if look.fault]
+        there = {_key(path.relative_to(root)) for path in paths}
+        faults += [(root / name, "named in the metadata, but not there") for name in table if name not in there]
+        usable = [(path, look.text) for path, look in zip(paths, looks, strict=True) if not look.fault]
+        names = sorted({path.relative_to(root).parts[0] for path, _ in usable if path.parent != root})
+        return [self._entry(path, path.relative_to(root), table, text, names) for path, text in usable], faults
 
-    def _entry(self, root: Path, path: Path, table: Mapping[str, str], names: list[str]) -> Entry:
-        inner, sidecar = path.relative_to(root), path.with_suffix(".txt")
+    def _look(self, path: Path, told: bool) -> "Look":
+        """A picture and its sidecar, which is read unless the metadata has told the caption."""
+        why, sidecar = fault(path, whole=self.unreadable == "skip"), path.with_suffix(".txt")
+        if why or told or self.captions_from not in ("auto", "sidecar") or not sidecar.is_file():
+            return Look(why, None)
+        try:
+            return Look(None, sidecar.read_text(encoding="utf-8-sig").strip())
+        except (OSError, UnicodeDecodeError) as error:
+            return Look(f"its caption, {sidecar.name}, is not UTF-8 text: {reason(error)}", None)
+
+    def _entry(self, path: Path, inner: Path, table: Mapping[str, str], text: str | None, names: list[str]) -> Entry:
         label = names.index(inner.parts[0]) if len(inner.parts) > 1 else None
-        caption = table.get(inner.as_posix())
-        if caption is None and self.captions_from in ("auto", "sidecar") and sidecar.is_file():
-            caption = sidecar.read_text(encoding="utf-8", errors="replace").strip()
+        caption = table.get(_key(inner), text)
         if caption is None and self.captions_from in ("auto", "class") and label is not None:
             caption = inner.parts[0].replace("_", " ")
         return Entry(path, caption or None, label)
@@ -182,11 +205,33 @@ def fitted(path: Path, shape: tuple[int, int]) -> Image:
         return np.array(small, np.uint8)
 
 
+def fault(path: Path, *, whole: bool) -> str | None:
+    """Why a file is no picture, or None; `whole` decodes all of it, otherwise its head must do."""
+    try:
+        if path.stat().st_size == 0:
+            return "the file is empty"
+        with Pillow.open(path) as image:
+            if whole:
+                _coloured(ImageOps.exif_transpose(image))
+        return None
+    except UnidentifiedImageError:
+        return "not a picture, whatever its name says"
+    except Exception as error:  # whatever a decoder makes of foreign bytes
+        return reason(error)
+
+
+def reason(error: Exception) -> str:
+    """What a decoder or the system says, without the path, which is told beside it."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
 def _coloured(image: Pillow.Image) -> Pillow.Image:
-    if image.mode.startswith(("I", "F")):  # 16 and 32 bits a pixel: `convert` would clip them
+    """RGB on white. 16 and 32 bits a pixel are scaled down: `convert` would clip them."""
+    if image.mode.startswith(("I", "F")):
         values = np.asarray(image, np.float64)
-        top = 65535 if image.mode.startswith("I") and values.max() > 255 else 255
-        return Pillow.fromarray((values * (255 / top)).clip(0, 255).astype(np.uint8)).convert("RGB")
+        return Pillow.fromarray((values * (255 / _white(image.mode, values))).clip(0, 255).astype(np.uint8)).convert(
+            "RGB"
+        )
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Pillow.new("RGBA", image.size, (255, 255, 255, 255))
@@ -194,59 +239,84 @@ def _coloured(image: Pillow.Image) -> Pillow.Image:
     return image.convert("RGB")
 
 
-def _fault(path: Path) -> str | None:
-    """Why a file is no picture, as far as its head tells; `sfumato data check` decodes it all."""
-    if path.stat().st_size == 0:
-        return "the file is empty"
-    try:
-        with Pillow.open(path) as image:
-            return None if min(image.size) > 0 else "it has no pixels"
-    except UnidentifiedImageError:
-        return "not a picture, whatever its name says"
-    except (OSError, SyntaxError, ValueError, Pillow.DecompressionBombError) as error:
-        return str(error)
+def _white(mode: str, values: NDArray[np.float64]) -> float:
+    """The value of white: known for 16 bits, guessed from the largest value for 32 bits and for floats."""
+    if mode.startswith("I;16"):
+        return 65535
+    most = values.max()
+    if mode == "F":
+        return 1 if most <= 1 else 255
+    return 65535 if most > 255 else 255
+
+
+def _is_picture(path: Path, root: Path) -> bool:
+    hidden = any(part[0] == "." for part in path.relative_to(root).parts)
+    return path.suffix.lower() in SUFFIXES and not hidden and not path.is_dir()
+
+
+def _key(path: Path) -> str:
+    """A path as metadata and the disk can be compared: some systems store accents apart from their letters."""
+    return unicodedata.normalize("NFC", path.as_posix())
 
 
 def _metadata(root: Path) -> dict[str, str]:
     """Captions by file name, relative to the folder."""
     jsonl, table = root / "metadata.jsonl", root / "metadata.csv"
-    rows: list[tuple[str, Mapping[str, object]]] = []
-    if jsonl.is_file():
-        for number, line in enumerate(jsonl.read_text(encoding="utf-8").splitlines(), 1):
-            if line.strip():
-                rows.append((f"{jsonl}, line {number}", _object(line, f"{jsonl}, line {number}")))
-    elif table.is_file():
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            rows = [(f"{table}, line {number}", dict(row)) for number, row in enumerate(csv.DictReader(file), 2)]
+    path, rows = (jsonl, _json_rows) if jsonl.is_file() else (table, _csv_rows)
+    if not path.is_file():
+        return {}
     found = {}
-    for where, row in rows:
-        key = next((key for key in CAPTION_KEYS if key in row), None)
-        if key is None or "file_name" not in row:
-            raise DataError(
-                "metadata needs file_name and text",
-                where=where,
-                seen=", ".join(map(str, row)),
-                fix='{"file_name": "a.png", "text": "a red circle"}',
-            )
-        found[Path(str(row["file_name"])).as_posix()] = str(row[key] or "").strip()
+    try:
+        for number, row in rows(path):
+            key = next((key for key in CAPTION_KEYS if key in row), None)
+            if key is None or "file_name" not in row:
+                raise DataError(
+                    "metadata needs file_name and text",
+                    where=f"{path}, line {number}",
+                    seen=", ".join(map(str, row)),
+                    fix=ROW if path == jsonl else "file_name,text in the first line",
+                )
+            found[_key(Path(str(row["file_name"]).replace("\\", "/")))] = str(row[key] or "").strip()
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(
+            "metadata cannot be read", where=str(path), seen=reason(error), fix="save it as UTF-8"
+        ) from None
     return found
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
+    """The rows of a table, each with the number of its (last) line."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        for row in reader:
+            yield reader.line_num, row
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+        if line.strip():
+            yield number, _object(line, f"{path}, line {number}")
 
 
 def _object(line: str, where: str) -> Mapping[str, object]:
     try:
         row = json.loads(line)
-    except ValueError as error:
-        raise DataError(
-            "this line is not JSON", where=where, seen=str(error), fix='{"file_name": "a.png", "text": "a red circle"}'
-        ) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError("this line is not JSON", where=where, seen=str(error), fix=ROW) from None
     if not isinstance(row, dict):
-        raise DataError(
-            "a line of metadata is an object",
-            where=where,
-            seen=line[:60],
-            fix='{"file_name": "a.png", "text": "a red circle"}',
-        )
+        raise DataError("a line of metadata is an object", where=where, seen=line[:60], fix=ROW)
     return row
+
+
+def _named(root: Path, faults: Iterable[tuple[Path, str]]) -> str:
+    """The first few faults, by file, and how many more there are."""
+    rows = [f"{inside(root, path)}: {why}" for path, why in faults]
+    return "; ".join(rows[:5]) + (f"; and {len(rows) - 5} more" if len(rows) > 5 else "")
+
+
+def inside(root: Path, path: Path) -> str:
+    """A path as seen from the folder, for people; metadata can name one that lies elsewhere."""
+    return os.path.relpath(path, root)
 
 
 def _contents(root: Path) -> str:

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from sfumato.data.order import indices, permuted
 from sfumato.data.picture import Dataset, Fields, Image
-from sfumato.errors import ConfigError
 
 
 class Batch(NamedTuple):
@@ -25,21 +24,16 @@ class Loader:
     """An endless iterator of batches. What it gives depends on (dataset, batch, seed, position) and on nothing else.
 
     position: samples already seen; resuming is starting there. workers: threads that fetch ahead, 0 for none.
-    holdout: samples kept out, the same ones for every position and epoch, see `held_out`.
+    holdout: samples kept out, the same ones for every position and epoch, see `held_out`; of data that has not twice as
+    many, a tenth.
     """
 
     def __init__(
         self, dataset: Dataset, batch: int, seed: int, *, position: int = 0, workers: int = 1, holdout: int = 0
     ) -> None:
-        self.dataset, self.batch, self.seed, self.holdout = dataset, batch, seed, holdout
-        self.n = len(dataset) - holdout
-        if self.n < 1:
-            raise ConfigError(
-                "nothing is left to train on",
-                where="validate.holdout",
-                seen=f"{holdout} of {len(dataset)} pictures",
-                fix="validate.holdout=0",
-            )
+        self.dataset, self.batch, self.seed = dataset, batch, seed
+        self.holdout = holdout if 2 * holdout <= len(dataset) else len(dataset) // 10
+        self.n = len(dataset) - self.holdout
         self._next, self._wanted = position, position
         self._ready: dict[int, Batch | BaseException] = {}
         self._room = threading.Semaphore(2 * workers)

@@ -9,6 +9,7 @@ from PIL import ImageDraw, ImageFont
 from sfumato.data.picture import Image
 
 PAPER, INK, MARGIN = (250, 250, 248), (40, 40, 40), 6
+LINES = 4  # of a caption
 
 
 def sheet(
@@ -54,10 +55,21 @@ def _columns(n: int, width: int, height: int) -> int:
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """At most LINES lines of this width; what does not fit is cut, and ends in three dots."""
     lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
         else:
             lines.append(word)
-    return lines[:4]
+    kept = [_cut(one, font, width) for one in lines[:LINES]]
+    if len(lines) > LINES:
+        kept[-1] = _cut(f"{lines[LINES - 1]} {lines[LINES]}", font, width)
+    return kept
+
+
+def _cut(line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    kept = line
+    while kept and font.getlength(kept if kept == line else f"{kept}...") > width:
+        kept = kept[:-1]
+    return line if kept == line else f"{kept}..."

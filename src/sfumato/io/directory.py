@@ -6,6 +6,8 @@ user's own modules in the current directory. Anything else ("module:Name" of som
 """
 
 import json
+import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from importlib.machinery import PathFinder
@@ -25,6 +27,7 @@ from sfumato.registry import target_of
 
 FORMAT, VERSION = "sfumato", 1
 SPEC = ("model", "size", "sampling")
+KEYS = {"model": dict, "size": list, "sampling": dict, "files": list, "facts": dict}
 
 
 def save_model(
@@ -42,11 +45,7 @@ def save_model(
     """
 
     def fill(place: Path) -> None:
-        save_file(
-            _stored(model.weights() if weights is None else weights, dtype),
-            place / "model.safetensors",
-            {"format": "pt"},
-        )
+        write_weights(place / "model.safetensors", model.weights() if weights is None else weights, dtype)
         extra = model.conditioner.files() if model.conditioner is not None else {}
         for name, data in extra.items():
             (place / name).write_bytes(data)
@@ -81,11 +80,11 @@ def load_model(folder: Path, *, trust: bool = False) -> Model:
             devices=[]
         ):  # weights are initialised, and then overwritten: no business of the caller's
             model = build_model({key: said[key] for key in SPEC}, files=_kept(folder, said["files"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         seen = f"{type(error).__name__}: {error}"
         raise CheckpointError("model.json describes no model", where=str(folder / "model.json"), seen=seen) from error
     fill_weights(model, read_weights(folder / "model.safetensors"), str(folder))
-    model.facts = dict(said.get("facts", {}))
+    model.facts = said["facts"]
     return model.eval().requires_grad_(False)
 
 
@@ -98,19 +97,20 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             "this is no model directory", where=str(folder), seen="no model.json", fix="a run's folder, or its model/"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError("model.json cannot be read", where=str(path), seen=str(error)) from None
-    if not isinstance(said, dict) or said.get("format") != FORMAT or said.get("version") != VERSION:
-        seen = (
-            f"format {said.get('format')!r}, version {said.get('version')!r}"
-            if isinstance(said, dict)
-            else type(said).__name__
-        )
+    format_, version = (said.get("format"), said.get("version")) if isinstance(said, dict) else (None, None)
+    if format_ != FORMAT or version != VERSION:
+        newer = format_ == FORMAT and isinstance(version, int) and version > VERSION
         raise CheckpointError(
-            "a model of another kind", where=str(path), seen=seen, fix=f"format {FORMAT!r}, version {VERSION}"
+            "a model of a newer sfumato" if newer else "a model of another kind",
+            where=str(path),
+            seen=f"format {format_!r}, version {version!r}",
+            fix="pip install --upgrade sfumato" if newer else f"format {FORMAT!r}, version {VERSION}",
         )
-    if missing := [key for key in (*SPEC, "files") if key not in said]:
-        raise CheckpointError("model.json is incomplete", where=str(path), seen=f"no {', '.join(missing)}")
+    said = {"facts": {}, **said}
+    if missing := [key for key, kind in KEYS.items() if not isinstance(said.get(key), kind)]:
+        raise CheckpointError("model.json is incomplete", where=str(path), seen=f"no usable {', '.join(missing)}")
     return said
 
 
@@ -120,6 +120,23 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError("weights cannot be read", where=str(path), seen=str(error)) from None
+
+
+def write_weights(path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
+    """A safetensors file of some tensors, with the mode that other files have. OSError where there is no room for it.
+
+    dtype: what those of floating point are stored as; None keeps theirs.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(_stored(weights, dtype), path, {"format": "pt"})
+    except SafetensorError as error:
+        said = re.search(r"os error (\d+)", str(error))
+        if said is None:
+            raise
+        raise OSError(int(said[1]), os.strerror(int(said[1])), str(path)) from error
+    path.chmod(mode)  # the library's own files are for their owner alone
 
 
 def fill_weights(model: Model, weights: Mapping[str, Tensor], where: str) -> None:
@@ -139,12 +156,13 @@ def fill_weights(model: Model, weights: Mapping[str, Tensor], where: str) -> Non
             value.copy_(weights[name])
 
 
-def _stored(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def _stored(weights: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """On the CPU, each with memory of its own: the format knows no tied weights, so they are stored twice."""
     kept: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, value in weights.items():
-        value = value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype).contiguous()
+        kind = dtype if dtype is not None and value.is_floating_point() else value.dtype
+        value = value.detach().to("cpu", kind).contiguous()
         place = value.untyped_storage().data_ptr()
         kept[name] = value.clone() if place in seen else value
         seen.add(place)

@@ -56,13 +56,14 @@ def read_settings(path: Path) -> dict[str, Any]:
             text = getattr(image, "text", {}).get("sfumato")
     except UnidentifiedImageError:
         raise DataError("this is no picture", where=str(path), fix=NOT_OURS) from None
-    except (OSError, SyntaxError) as error:  # the latter is Pillow's word for a broken PNG
+    except (OSError, SyntaxError, ValueError, Pillow.DecompressionBombError) as error:
+        # a SyntaxError is Pillow's word for a broken PNG, a ValueError for one with too much text in it
         raise DataError("this picture cannot be read", where=str(path), seen=str(error)) from None
     if text is None:
         raise DataError("this picture does not say how it was made", where=str(path), fix=NOT_OURS)
     try:
         return dict(json.loads(text))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise DataError(
             "this picture's settings cannot be read", where=str(path), seen=str(error), fix=NOT_OURS
         ) from None

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.data.picture import Image
-from sfumato.data.scenes import TASKS, Caption, prompts, recognise
+from sfumato.data.scenes import TASKS, VOCABULARY, Caption, prompts, recognise
 from sfumato.data.sheet import sheet
-from sfumato.errors import ConfigError
+from sfumato.errors import ConfigError, DataError
 from sfumato.metrics.intervals import mean_of_shares, wilson
+from sfumato.model import Model
 from sfumato.pipeline import Pipeline
 
 HIT, MISS = (60, 160, 80), (205, 60, 50)
@@ -76,8 +77,7 @@ def evaluate(
     settings: of `Pipeline.sample`. Raises DataError if the model does not know the words, ConfigError for sizes that
     scenes are not drawn in.
     """
-    if min(pipeline.model.size) < 32:
-        raise ConfigError("scenes are at least 32 px", where="the model's size", seen=str(pipeline.model.size))
+    check(pipeline.model)
     if per_task < 1 or held_out < 0:
         raise ConfigError(
             "at least one prompt a task is needed", where="per_task", seen=str(per_task), fix="--per-task 100"
@@ -92,7 +92,25 @@ def evaluate(
         for (caption, hidden), image in zip(asked, drawn.images, strict=True)
     ]
     used = {key: value for key, value in drawn.settings[0].items() if key not in ("prompt", "seed", "negative")}
-    return Report(judged, used | {"seed": seed, "per_task": per_task}, time.perf_counter() - started)
+    counts = {"seed": seed, "per_task": per_task, "held_out": held_out}
+    return Report(judged, used | counts, time.perf_counter() - started)
+
+
+def check(model: Model) -> None:
+    """Raises DataError for a model that cannot be asked for scenes, ConfigError for one of another size than theirs."""
+    fix = "a model that was trained on scenes: sfumato train quickstart"
+    if model.conditioner is None or "caption" not in model.conditioner.fields:
+        seen = "no conditions" if model.conditioner is None else ", ".join(model.conditioner.fields)
+        raise DataError("scenes are asked for in words, and this model takes none", where="scenes", seen=seen, fix=fix)
+    if not 32 <= min(model.size) <= max(model.size) <= 512:
+        seen = f"{model.size[0]}x{model.size[1]}"
+        raise ConfigError("scenes are 32 to 512 px wide and high", where="the model's size", seen=seen, fix=fix)
+    try:
+        model.conditioner.check([{"caption": word} for word in VOCABULARY])
+    except DataError as error:
+        raise DataError(
+            "this model does not know the words of scenes", where="scenes", seen=error.seen, fix=fix
+        ) from None
 
 
 def _scores(judged: Sequence[Judged]) -> dict[str, Any]:

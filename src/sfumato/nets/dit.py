@@ -99,7 +99,7 @@ class DiT(nn.Module):
         tokens = self.patches(_folded(x, self.config.patch))
         rope = None
         if self.config.positions == "sincos":
-            tokens = tokens + sincos_2d(*grid, self.config.dim).to(tokens)
+            tokens = tokens + sincos_2d(*grid, self.config.dim, x.device).to(tokens.dtype)
         summary = self._summary(t, label, pooled)
         words, before = self._words(context), 0
         mask = context_mask if words is not None else None
@@ -108,8 +108,7 @@ class DiT(nn.Module):
             tokens = torch.cat([words.to(tokens.dtype), tokens], 1)
             mask = None if mask is None else torch.cat([mask, mask.new_ones(len(x), grid[0] * grid[1])], 1)
         if self.config.positions == "rope":
-            cos, sin = rope_2d(*grid, self.config.dim // self.config.heads, before)
-            rope = cos.to(x.device), sin.to(x.device)
+            rope = rope_2d(*grid, self.config.dim // self.config.heads, before, device=x.device)
         tokens = self._through(tokens, summary, words, mask, rope)[:, before:]
         return _unfolded(self.head(tokens, summary), grid, self.config.patch)
 
@@ -242,6 +241,9 @@ def _unfolded(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
 def _checked(config: DiTConfig) -> None:
     height, width = (config.size, config.size) if isinstance(config.size, int) else config.size
     where = "model.net"
+    for name in ("patch", "dim", "depth", "heads", "in_channels"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name} is at least 1", where=f"{where}.{name}", seen=str(getattr(config, name)))
     if height % config.patch or width % config.patch:
         raise ConfigError(
             "the size is not a whole number of patches",

@@ -7,15 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Whether the CPU multiplies bfloat16 numbers itself.
+BF16_ARITHMETIC: bool = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+
 
 def sinusoid(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
     """Sinusoidal embedding of numbers (B,) -> (B, dim): cosines, then sines, of geometrically falling frequency.
 
     In float32 at least: at t of about 1000 a bfloat16 is off by several units. Vaswani et al. 2017; Ho et al. 2020.
     """
-    half = dim // 2
-    freqs = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(max_period) / half))
-    angles = t.float()[:, None] * freqs
+    half, t = dim // 2, t.to(torch.promote_types(t.dtype, torch.float32))
+    freqs = torch.exp(torch.arange(half, device=t.device, dtype=t.dtype) * (-math.log(max_period) / half))
+    angles = t[:, None] * freqs
     return F.pad(torch.cat([angles.cos(), angles.sin()], -1), (0, dim % 2))
 
 
@@ -32,28 +35,37 @@ class TimeEmbedding(nn.Module):
         return out
 
 
-def sincos_2d(height: int, width: int, dim: int) -> Tensor:
-    """Fixed positions (height * width, dim): half of the channels for the row, half for the column (MAE, DiT)."""
-    quarter = dim // 4
-    freqs = 1 / 10_000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    angles = [place.reshape(-1, 1).double() * freqs for place in (columns, rows)]
-    return torch.cat([part for a in angles for part in (a.sin(), a.cos())], 1).float()
+def sincos_2d(height: int, width: int, dim: int, device: torch.device | None = None) -> Tensor:
+    """Fixed positions (height * width, dim): half of the channels for the column, half for the row (MAE, DiT)."""
+    down, across = (_angles(length, dim // 4, 10_000.0, device) for length in (height, width))
+    rows, columns = (torch.cat([angle.sin(), angle.cos()], 1).float() for angle in (down, across))
+    return _in_plane(columns[None], rows[:, None], height, width)
 
 
-def rope_2d(height: int, width: int, dim: int, before: int = 0, theta: float = 100.0) -> tuple[Tensor, Tensor]:
-    """Axial rotary positions for one head of `dim` channels: cosines and sines, each (before + height * width, dim /
-    2).
+def rope_2d(
+    height: int, width: int, dim: int, before: int = 0, theta: float = 100.0, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """Axial rotary positions for one head of `dim` channels: cosines and sines (before + height * width, dim / 2).
 
-    A quarter of the channel pairs' frequencies serve rows, the rest columns, half each; the `before` leading tokens
-    (text) stay unrotated. Su et al. 2021, axial as in EVA-02 and FLUX.
+    Half of the channel pairs turn with the row, half with the column; the `before` leading tokens (text) stay unturned.
+    Su et al. 2021, axial as in EVA-02 and FLUX.
     """
-    pairs = dim // 4
-    freqs = theta ** -(torch.arange(pairs, dtype=torch.float64) / pairs)
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    angles = torch.cat([place.reshape(-1, 1).double() * freqs for place in (rows, columns)], 1)
+    down, across = (_angles(length, dim // 4, theta, device) for length in (height, width))
+    angles = _in_plane(down[:, None], across[None], height, width)
     angles = torch.cat([angles.new_zeros(before, angles.shape[1]), angles])
     return angles.cos().float(), angles.sin().float()
+
+
+def _angles(length: int, count: int, period: float, device: torch.device | None) -> Tensor:
+    """Each of `length` places times `count` falling frequencies, made where they are needed: copying would wait."""
+    wide = torch.float32 if device is not None and device.type == "mps" else torch.float64  # Metal knows no float64
+    freqs = period ** -(torch.arange(count, dtype=wide, device=device) / count)
+    return torch.arange(length, dtype=wide, device=device)[:, None] * freqs
+
+
+def _in_plane(first: Tensor, second: Tensor, height: int, width: int) -> Tensor:
+    """What depends on the row (height, 1, n) or the column (1, width, n) side by side: (height * width, 2 n)."""
+    return torch.cat([part.expand(height, width, -1) for part in (first, second)], -1).flatten(0, 1)
 
 
 def rotated(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -109,16 +121,24 @@ class Attention(nn.Module):
 def attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax attention of (B, heads, L, dim) over (B, heads, M, dim); mask (B, M) is True where a key counts.
 
-    On a CPU, training with short sequences, three plain operations take a quarter of the time of the fused kernel's
-    backward pass (`benchmarks/attention.py`); everywhere else the fused kernel is used.
+    Where no key counts, the answer is zero. In bfloat16 on a CPU that has such arithmetic, training with short
+    sequences, three plain operations are faster than the fused kernel's backward pass; everywhere else, other CPUs
+    included, the fused kernel is (`benchmarks/attention.py` measures both).
     """
-    bias = None if mask is None else mask[:, None, None, :]
-    if q.device.type != "cpu" or k.shape[2] > 256 or not (torch.is_grad_enabled() and q.requires_grad):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    learning = torch.is_grad_enabled() and q.requires_grad
+    if BF16_ARITHMETIC and q.dtype == torch.bfloat16 and q.device.type == "cpu" and k.shape[2] <= 256 and learning:
+        return attended_plainly(q, k, v, mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None])
+
+
+def attended_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`attended`, written out."""
     logits = (q * q.shape[-1] ** -0.5) @ k.mT
-    if bias is not None:
-        logits = logits.masked_fill(~bias, -torch.inf)
-    return logits.softmax(-1).to(v.dtype) @ v
+    if mask is None:
+        return logits.softmax(-1).to(v.dtype) @ v
+    counts = mask[:, None, None]
+    weights = logits.masked_fill(~counts, torch.finfo(logits.dtype).min).softmax(-1) * counts
+    return weights.to(v.dtype) @ v
 
 
 class RMSNorm(nn.Module):

@@ -188,7 +188,7 @@ class Stage(nn.Module):
             return x
         height, width = x.shape[-2:]
         tokens = x.flatten(2).transpose(1, 2)
-        tokens = tokens + sincos_2d(height, width, tokens.shape[-1]).to(tokens)
+        tokens = tokens + sincos_2d(height, width, tokens.shape[-1], x.device).to(tokens.dtype)
         for layer in self.attention:
             tokens = layer(tokens, context, mask)
         return tokens.transpose(1, 2).unflatten(2, (height, width))
@@ -260,6 +260,12 @@ def _groups(width: int) -> int:
 
 def _checked(config: UNetConfig) -> None:
     where, levels = "model.net", len(config.channels)
+    for name, given in (("channels", config.channels), ("blocks", config.per_level)):
+        if not given or min(given) < 1:
+            raise ConfigError(f"{name} is at least 1 on every level", where=f"{where}.{name}", seen=str(list(given)))
+    for name in ("head", "patch", "in_channels"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name} is at least 1", where=f"{where}.{name}", seen=str(getattr(config, name)))
     for name, given in (("attention", config.attention), ("blocks", config.per_level)):
         if len(given) != levels:
             raise ConfigError(

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 
 from sfumato.denoiser import Cond, Denoiser
 from sfumato.objectives.weights import Flat, Weight
-from sfumato.paths import log_snr, noised
+from sfumato.paths import Path, log_snr, noised
 from sfumato.predictions import Prediction
 from sfumato.times import Density, Uniform, log_snr_rate
 
@@ -56,11 +56,33 @@ class Denoising:
 
     def factor(self, model: Denoiser, t: Tensor) -> Tensor:
         """What the square error of the network's own answer is multiplied by: (B,)."""
-        path, own = model.path, model.prediction
+        path, own = _Inside(model.path), model.prediction
         space = self.space or self.weight.space or own
         factor = self.weight(log_snr(path, t))
-        if space is not own:
+        if space != own:
             factor = factor * (space.gain(path, t) / own.gain(path, t)) ** 2
         if self.weight.per_log_snr:  # a density over log_snr, realised with draws from a density over t
-            factor = factor * (-log_snr_rate(path, t) / (2 * self.times.pdf(path, t)))
+            factor = factor * (-log_snr_rate(path, t) / (2 * self.times.pdf(model.path, t)))
         return factor
+
+
+@dataclass(frozen=True)
+class _Inside:
+    """A path that never quite reaches its ends, where weights and gains are 0 / 0 although their product has a limit.
+
+    1e-9 is far below what any schedule reaches before its end, and its fourth power is still a float32.
+    """
+
+    path: Path
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self.path.alpha(t).clamp(min=1e-9)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.path.sigma(t).clamp(min=1e-9)
+
+    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self.path.rates(t)
+
+    def time(self, log_snr: Tensor) -> Tensor:
+        return self.path.time(log_snr)

@@ -1,4 +1,4 @@
-"""What samplers are made of: the question, the step that a driver shows, the table of the schedule, the noise."""
+"""What samplers are made of: what they ask for, the step that a driver shows, the table of the schedule, the noise."""
 
 import math
 from collections.abc import Callable, Generator, Sequence
@@ -15,23 +15,43 @@ Noise = Callable[[Tensor], Tensor]  # standard normal noise like x (B, ...)
 
 
 class Ask(NamedTuple):
-    """A sampler's question: the model's answer at x (B, ...) and time t. `to` names what is needed, if not x0."""
+    """A sampler's question: the model's answer at x (B, ...) and time t. `to` names what is needed, see `Denoise`."""
 
     x: Tensor
     t: float
-    to: str | None = None
+    to: str = "x0"
+
+
+class Draw(NamedTuple):
+    """A sampler's wish for chance: a state (B, ...), normal with this mean and standard deviation.
+
+    std: a number, or where the model has a say in it a tensor that broadcasts to the mean.
+    """
+
+    mean: Tensor
+    std: float | Tensor
+
+    def log_density(self, x: Tensor) -> Tensor:
+        """log p(x), a number for each sample (B,): of a `Step` that is the log-likelihood of what was drawn."""
+        std = torch.as_tensor(self.std, dtype=x.dtype)
+        each = -(((x - self.mean) / std) ** 2) / 2 - torch.log(std) - math.log(2 * math.pi) / 2
+        return each.flatten(1).sum(1)
 
 
 class Step(NamedTuple):
-    """What a driver shows after each answer: the state at time t, and what the model takes the data to be."""
+    """What a driver shows after each answer: the state at time t, and what the model takes the data to be.
+
+    drawn: where x was drawn from, if it was: the mean and standard deviation that policy gradients need.
+    """
 
     t: float
     x: Tensor
     x0: Tensor
+    drawn: Draw | None = None
 
 
-Running = Generator[Ask, Tensor, Tensor]
-SamplerFn = Callable[..., Running]  # (path, x, times, noise, *, options)
+Running = Generator[Ask | Draw, Tensor, Tensor]
+SamplerFn = Callable[..., Running]  # (path, x, times, *, options)
 
 
 @dataclass(frozen=True)
@@ -75,6 +95,36 @@ def _half_log_snr(alpha: float, sigma: float) -> float:
     if sigma <= 0:
         return math.inf
     return math.log(alpha / sigma) if alpha > 0 else -math.inf
+
+
+class Move(NamedTuple):
+    """A step as numbers: the next state is normal with mean x * state + x0 * answer and this standard deviation."""
+
+    x: float
+    x0: float
+    std: float
+
+    def mean(self, x: Tensor, x0: Tensor) -> Tensor:
+        return torch.add(x * self.x, x0, alpha=self.x0)
+
+
+def added_std(table: Table, i: int) -> float:
+    """The standard deviation of the noise that the path adds from time i + 1 back to time i, given the state there."""
+    scale = table.alpha[i] / table.alpha[i + 1]
+    return math.sqrt(max(table.sigma[i] ** 2 - (scale * table.sigma[i + 1]) ** 2, 0.0))
+
+
+def posterior_move(table: Table, i: int) -> Move:
+    """q(x_s | x_t, x0) from time i to the next (Ho et al. 2020, eq. 6-7, on any path): its last is x0 itself."""
+    scale, added = table.alpha[i] / table.alpha[i + 1], added_std(table, i)
+    ratio = table.sigma[i + 1] / table.sigma[i]
+    return Move(scale * ratio**2, table.alpha[i + 1] * (added / table.sigma[i]) ** 2, ratio * added)
+
+
+def ddim_move(table: Table, i: int, fresh: float) -> Move:
+    """DDIM from time i to the next with noise of standard deviation `fresh`, at most sigma, in place of the old."""
+    kept = math.sqrt(max(table.sigma[i + 1] ** 2 - fresh**2, 0.0)) / table.sigma[i]
+    return Move(kept, table.alpha[i + 1] - kept * table.alpha[i], fresh)
 
 
 def ddim_step(x: Tensor, x0: Tensor, table: Table, i: int, j: int) -> Tensor:

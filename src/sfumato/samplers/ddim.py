@@ -1,4 +1,4 @@
-"""DDIM and Euler: first-order steps of the probability-flow ODE, with any share of DDPM's noise.
+"""DDIM and its kin: first-order steps of the probability-flow ODE, with any share of DDPM's noise, and backwards.
 
 DDIM (Song et al. 2021, eq. 12) keeps x0-hat and eps-hat of the current state and moves to the next noise level. On
 every path it is Euler's method in sigma / alpha; Euler in t agrees with it exactly on the linear path only.
@@ -9,10 +9,10 @@ from torch import Tensor
 
 from sfumato.errors import ConfigError
 from sfumato.paths import Path
-from sfumato.samplers.core import Ask, Noise, Running, Table, ddim_step
+from sfumato.samplers.core import Ask, Draw, Running, Table, ddim_step
 
 
-def ddim(path: Path, x: Tensor, times: Tensor, noise: Noise = torch.randn_like, *, eta: float = 0.0) -> Running:
+def ddim(path: Path, x: Tensor, times: Tensor, *, eta: float = 0.0) -> Running:
     """eta = 0 is deterministic; eta = 1 is DDPM's ancestral step with the posterior's variance, on any grid."""
     if not 0 <= eta <= 1:
         raise ConfigError(
@@ -30,12 +30,11 @@ def ddim(path: Path, x: Tensor, times: Tensor, noise: Noise = torch.randn_like, 
             x = ddim_step(x, x0, table, i, i + 1)
         else:  # what is left of the old noise keeps the variance at sigma^2
             kept = max(sigma[i + 1] ** 2 - fresh**2, 0.0) ** 0.5 / sigma[i]
-            x = torch.add(x * kept, x0, alpha=alpha[i + 1] - kept * alpha[i])
-            x = torch.add(x, noise(x), alpha=fresh)
+            x = yield Draw(torch.add(x * kept, x0, alpha=alpha[i + 1] - kept * alpha[i]), fresh)
     return x
 
 
-def euler(path: Path, x: Tensor, times: Tensor, noise: Noise = torch.randn_like) -> Running:
+def euler(path: Path, x: Tensor, times: Tensor) -> Running:
     """Euler's method on dx/dt = alpha' x0 + sigma' eps, in the path's own time (flow matching's sampler)."""
     table = Table.of(path, times)
     rates = [rate.tolist() for rate in path.rates(torch.tensor(table.t, dtype=torch.float64))]
@@ -45,6 +44,53 @@ def euler(path: Path, x: Tensor, times: Tensor, noise: Noise = torch.randn_like)
         # velocity = alpha' x0 + sigma' (x - alpha x0) / sigma
         per_x = rates[1][i] / table.sigma[i]
         x = torch.add(x * (1 + h * per_x), x0, alpha=h * (rates[0][i] - per_x * table.alpha[i]))
+    return x
+
+
+def initial_noise(path: Path, x: Tensor, times: Tensor) -> Running:
+    """For straight flows in few steps: x_s = alpha x0 + sigma z with the noise z of the start, not the current one.
+
+    After rectification (Liu et al. 2022) a trajectory keeps its noise, so an error in one answer moves the next state
+    by alpha times itself and is then forgotten (Lee et al. 2024). z is the noise in the first answer: x / sigma at pure
+    noise. This is no solver: where flows are curved, more steps do not bring it to the ODE's solution.
+    """
+    table = Table.of(path, times)
+    z: Tensor | None = None
+    for i in table.steps:
+        x0 = yield Ask(x, table.t[i])
+        if z is None:
+            z = torch.add(x, x0, alpha=-table.alpha[i]) / table.sigma[i]
+        x = torch.add(x0 * table.alpha[i + 1], z, alpha=table.sigma[i + 1])
+    return x
+
+
+def ddim_inversion(path: Path, x: Tensor, times: Tensor, *, refine: int = 0) -> Running:
+    """DDIM backwards: from x at the last of `times`, usually the data, to the noise at the first.
+
+    Walks the grid that sampling walks down, and takes the noise at the lower end of each step for that at the upper
+    one, which is of first order; where the lower end is the data, where nothing can be asked, the noise is asked at the
+    upper one, of the data without noise. refine: how often to ask again at the upper end, at the state found so far (a
+    call each): this converges to what DDIM takes back to x exactly, where steps are short enough to converge at all
+    (Pan et al. 2023). Guidance makes steps long; invert at scale 1.
+    """
+    if refine < 0:
+        raise ConfigError("a step is refined 0 times or more", where="sampler.refine", seen=str(refine), fix="refine=0")
+    table = Table.of(path, times)
+    alpha, sigma = table.alpha, table.sigma
+    for i in reversed(table.steps):
+        low, high = i + 1, i
+        keep = alpha[high] / alpha[low]
+        new = sigma[high] - keep * sigma[low]  # how much noise the step adds
+        base = x * keep
+        again = refine if alpha[high] > 0 else 0
+        if sigma[low] > 0:
+            x0 = yield Ask(x, table.t[low])
+            x = torch.add(base, torch.add(x, x0, alpha=-alpha[low]), alpha=new / sigma[low])
+        else:
+            x, again = base, again + 1
+        for _ in range(again):
+            x0 = yield Ask(x, table.t[high])
+            x = torch.add(base, torch.add(x, x0, alpha=-alpha[high]), alpha=new / sigma[high])
     return x
 
 

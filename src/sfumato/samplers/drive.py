@@ -1,104 +1,151 @@
 """Driving samplers: one over a denoiser, step by step; or many at once with one batched forward a round."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sfumato.denoiser import Denoise, joined
+from sfumato.denoiser import VARIANCE, Denoise, joined
 from sfumato.errors import ConfigError
-from sfumato.guidance import Branch, Forward, Guidance
+from sfumato.guidance import Branch, Forward, Guidance, Variants, combined, started, varied
 from sfumato.paths import Path
-from sfumato.samplers.core import Ask, Running, Step
+from sfumato.samplers.core import Ask, Draw, Noise, Running, Step
 
 
-def sample(running: Running, denoise: Denoise) -> Iterator[Step]:
+def sample(running: Running, denoise: Denoise, noise: Noise = torch.randn_like) -> Iterator[Step]:
     """Drive one sampler over one denoiser. Yields a `Step` for each answer and a last one, whose x is the result.
 
-    Stop iterating to stop sampling. Gradients flow if the caller lets them: wrap the loop in `torch.no_grad()` else.
+    noise: where its chance comes from, see `SeededNoise`. Stop iterating to stop sampling. Gradients flow if the caller
+    lets them: wrap the loop in `torch.no_grad()` else.
     """
+    answer: Tensor | None = None
+    drawn: Draw | None = None
     try:
-        ask = next(running)
         while True:
-            x0 = denoise(_answerable(ask, denoise).x, ask.t)
-            yield Step(ask.t, ask.x, x0)
-            ask = running.send(x0)
+            asked = next(running) if answer is None else running.send(answer)
+            if isinstance(asked, Draw):
+                answer, drawn = drawn_from(asked, noise), asked
+                continue
+            answer = denoise(asked.x, asked.t, **_asking(asked, denoise))
+            yield Step(asked.t, asked.x, _x0(asked, answer), drawn)
+            drawn = None
     except StopIteration as end:
-        yield Step(0.0, end.value, end.value)
+        yield Step(0.0, end.value, end.value, drawn)
 
 
-def drive(running: Running, denoise: Denoise) -> Tensor:
+def drive(running: Running, denoise: Denoise, noise: Noise = torch.randn_like) -> Tensor:
     """Drive one sampler to its end and return the result."""
     last: Step | None = None
-    for last in sample(running, denoise):
+    for last in sample(running, denoise, noise):
         pass
     assert last is not None  # `sample` always yields the result
     return last.x
 
 
+def drawn_from(draw: Draw, noise: Noise) -> Tensor:
+    """A state from where a sampler wants it to come: (B, ...)."""
+    eps = noise(draw.mean)
+    if isinstance(draw.std, Tensor):
+        return torch.addcmul(draw.mean, eps, draw.std)
+    return torch.add(draw.mean, eps, alpha=draw.std)
+
+
 @dataclass(frozen=True)
 class Job:
-    """A running sampler on a path, and the guidance that answers it. Its rows are one request's pictures."""
+    """A running sampler on a path, the guidance that answers it, and its noise. Its rows are one request's pictures."""
 
     running: Running
     path: Path
     guidance: Guidance
+    noise: Noise = torch.randn_like
 
 
-def drive_many(jobs: Sequence[Job], forward: Forward) -> list[Tensor]:
+def drive_many(jobs: Sequence[Job], forward: Forward, variants: Variants | None = None) -> list[Tensor]:
     """Run several samplers together: whatever they ask, whatever their step, method or length, one forward a round.
 
-    forward(x (R, ...), t (R,), cond) -> x0 answers all rows of equal shape at once. Returns the jobs' results in order,
-    equal to their solo runs.
+    forward(x (R, ...), t (R,), cond) -> x0 answers all rows of equal shape at once; like a `Denoiser`, it may have
+    `answers` and take `to`. variants: as of `guided`. Returns the jobs' results in order, equal to their solo runs.
     """
     results: dict[int, Tensor] = {}
     asks: dict[int, Ask] = {}
+    guidances = [started(job.guidance) for job in jobs]
     for i, job in enumerate(jobs):
         _advance(i, job, None, asks, results)
     while asks:
-        waiting, answers = list(asks.items()), _answers(jobs, asks, forward)
-        for i, ask in waiting:
-            x0 = jobs[i].guidance.combine(jobs[i].path, ask.x, ask.t, answers[i])
-            _advance(i, jobs[i], x0, asks, results)
+        wanted = {i: guidances[i].branches(jobs[i].path, ask.t) for i, ask in asks.items()}
+        answers = _answers(asks, wanted, forward, variants)
+        for i, ask in list(asks.items()):
+            answer = combined(guidances[i], jobs[i].path, ask.x, ask.t, answers[i])
+            _advance(i, jobs[i], answer, asks, results)
     return [results[i] for i in range(len(jobs))]
 
 
-def _advance(i: int, job: Job, x0: Tensor | None, asks: dict[int, Ask], results: dict[int, Tensor]) -> None:
-    """Send an answer to job i and note its next question, or its result."""
+def _advance(i: int, job: Job, answer: Tensor | None, asks: dict[int, Ask], results: dict[int, Tensor]) -> None:
+    """Send an answer to job i, draw what it wants drawn, and note its next question, or its result."""
     try:
-        asks[i] = _answerable(next(job.running) if x0 is None else job.running.send(x0), None)
+        asked = next(job.running) if answer is None else job.running.send(answer)
+        while isinstance(asked, Draw):
+            asked = job.running.send(drawn_from(asked, job.noise))
+        asks[i] = asked
     except StopIteration as end:
         asks.pop(i, None)
         results[i] = end.value
 
 
-def _answers(jobs: Sequence[Job], asks: dict[int, Ask], forward: Forward) -> dict[int, list[Tensor]]:
-    """The answers to every branch of every question, evaluated in one batch for each shape of state and condition."""
-    groups: dict[tuple[object, ...], list[tuple[int, Ask, Branch]]] = {}
+def _answers(
+    asks: Mapping[int, Ask],
+    wanted: Mapping[int, Sequence[Branch]],
+    forward: Forward,
+    variants: Variants | None,
+) -> dict[int, list[Tensor]]:
+    """The answers to every branch of every question, in order: one batch for each shape of state and condition, each
+    variant of the network and each kind of answer.
+    """
+    groups: dict[tuple[object, ...], list[tuple[int, int]]] = {}
     for i, ask in asks.items():
-        for branch in jobs[i].guidance.branches(jobs[i].path, ask.t):
-            kind = (ask.x.shape[1:], ask.x.dtype, tuple(sorted(branch.cond)), branch.variant)
-            groups.setdefault(kind, []).append((i, ask, branch))
-    answers: dict[int, list[Tensor]] = {i: [] for i in asks}
+        for k, branch in enumerate(wanted[i]):
+            kind = (ask.x.shape[1:], ask.x.dtype, tuple(sorted(branch.cond)), branch.variant, ask.to)
+            groups.setdefault(kind, []).append((i, k))
+    answers: dict[tuple[int, int], Tensor] = {}
     for rows in groups.values():
-        x = torch.cat([ask.x for _, ask, _ in rows])
+        some = [asks[i] for i, _ in rows]
+        x = torch.cat([ask.x for ask in some])
         dtype = torch.promote_types(x.dtype, torch.float32)
-        t = torch.tensor([ask.t for _, ask, _ in rows for _ in range(len(ask.x))], dtype=dtype).to(
-            x.device, non_blocking=True
-        )
-        x0 = forward(x, t, joined([branch.cond for _, _, branch in rows]))
-        for (i, _, _), part in zip(rows, torch.split(x0, [len(ask.x) for _, ask, _ in rows]), strict=True):
-            answers[i].append(part)
-    return answers
+        t = torch.tensor([ask.t for ask in some for _ in range(len(ask.x))], dtype=dtype)
+        i, k = rows[0]
+        model = varied(forward, variants, wanted[i][k].variant)
+        cond = joined([wanted[i][k].cond for i, k in rows])
+        said = model(x, t.to(x.device, non_blocking=True), cond, **_asking(some[0], model))
+        answers |= zip(rows, torch.split(said, [len(ask.x) for ask in some]), strict=True)
+    return {i: [answers[i, k] for k in range(len(branches))] for i, branches in wanted.items()}
 
 
-def _answerable(ask: Ask, denoise: Denoise | None) -> Ask:
-    answers: tuple[str, ...] = getattr(denoise, "answers", ("x0",))
-    if ask.to is not None and ask.to not in answers:
-        raise ConfigError(
-            f"this sampler needs a model that answers {ask.to!r}",
-            where="sampler",
-            seen=f"a model that answers {', '.join(answers)}",
-        )
-    return ask
+def _x0(ask: Ask, answer: Tensor) -> Tensor:
+    """What the model takes the data to be: an answer without the channels of a learned variance."""
+    return answer[:, : ask.x.shape[1]] if ask.to == VARIANCE else answer
+
+
+def _asking(ask: Ask, model: object) -> dict[str, str]:
+    """How to ask a model: plainly for the first of its answers, by name for another. ConfigError if it has no such."""
+    answers: tuple[str, ...] = getattr(model, "answers", ("x0",))
+    if ask.to not in answers:
+        what, fix = _NEEDS.get(ask.to, (f"this sampler needs a model that answers {ask.to!r}", None))
+        raise ConfigError(what, where="sampler", seen=f"a model that answers {', '.join(answers)}", fix=fix)
+    return {} if ask.to == answers[0] else {"to": ask.to}
+
+
+_NEEDS = {  # why, and what else one can do
+    "x0": (
+        "this sampler needs the posterior mean E[x0 | x_t], and this model has learned something else",
+        "sampler=consistency or sampler=lcm, for a model that answers where the flow ends",
+    ),
+    VARIANCE: (
+        "this sampler needs a network that gives a variance beside its prediction",
+        "sampler.variance=small or sampler.variance=large",
+    ),
+    "endpoint": (
+        "this sampler needs a consistency model, which answers where the flow ends, not with a mean",
+        "another sampler, or sampler.to=x0 to take the average for the end",
+    ),
+}

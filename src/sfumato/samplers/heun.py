@@ -5,58 +5,63 @@ an Euler step and averages the slopes at its two ends. In the coordinates x / al
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sfumato.paths import Path
-from sfumato.samplers.core import Ask, Noise, Running, Table, ddim_step
+from sfumato.samplers.core import Draw, Running, Table
+from sfumato.samplers.frames import Variable
+from sfumato.samplers.plan import SingleStep, ddim_single, single_step
+from sfumato.samplers.runge_kutta import HEUN, runge_kutta_step
+
+
+class _Raise(NamedTuple):
+    """Raising the noise: how much of x is kept, and the standard deviation of what is added."""
+
+    scale: float
+    std: float
 
 
 def heun(
     path: Path,
     x: Tensor,
     times: Tensor,
-    noise: Noise = torch.randn_like,
     *,
     churn: float = 0.0,
     churn_min: float = 0.0,
     churn_max: float = math.inf,
     churn_noise: float = 1.0,
+    variable: Variable = "sigma",
 ) -> Running:
-    """churn is the paper's S_churn, spread over the steps whose noise level lies in [churn_min, churn_max]."""
+    """churn is the paper's S_churn, spread over the steps whose noise level lies in [churn_min, churn_max].
+
+    variable: what Heun's method is made in, see `Frame`; "time" on the linear path is the Heun of flow matching. At the
+    data there is nothing to ask, and at pure noise sigma / alpha is infinite: there it is one slope, which is DDIM's.
+    """
     grid = Table.of(path, times)
-    last = grid.steps[-1]
-    for i in grid.steps:
-        table, start = grid, i
-        raised = _raised(path, grid, i, churn, churn_min, churn_max)
+    plan = [_planned(path, grid, i, churn, churn_min, churn_max, churn_noise, variable) for i in grid.steps]
+    for raised, step in plan:
         if raised is not None:
-            table, start = raised, 0
-            scale = table.alpha[0] / grid.alpha[i]
-            added = table.sigma[0] ** 2 - (scale * grid.sigma[i]) ** 2
-            x = torch.add(x * scale, noise(x), alpha=churn_noise * math.sqrt(max(added, 0.0)))
-        x0 = yield Ask(x, table.t[start])
-        step = ddim_step(x, x0, table, start, start + 1)
-        if (i == last and table.sigma[start + 1] == 0) or table.alpha[start] == 0:
-            x = step  # at the data there is nothing to ask, at pure noise sigma / alpha is infinite: one slope it is
-            continue
-        ahead = yield Ask(step, table.t[start + 1])
-        x = _averaged(x, x0, step, ahead, table, start)
+            x = yield Draw(x * raised.scale, raised.std)
+        x, _ = yield from single_step(x, step)
     return x
 
 
-def _raised(path: Path, grid: Table, i: int, churn: float, low: float, high: float) -> Table | None:
-    """The two times of step i with the first raised by the churn, or None where there is none."""
-    if churn <= 0 or grid.alpha[i] == 0 or not low <= grid.sigma[i] / grid.alpha[i] <= high:
-        return None
+def _planned(
+    path: Path, grid: Table, i: int, churn: float, low: float, high: float, noise: float, variable: Variable
+) -> tuple[_Raise | None, SingleStep]:
+    """What step i does: raise the noise or not, and a step of Heun's from there."""
+    table, start, raised = grid, i, None
     factor = 1 + min(churn / len(grid.steps), math.sqrt(2) - 1)
-    t = path.time(torch.tensor(2 * (grid.half_log_snr[i] - math.log(factor)), dtype=torch.float64))
-    return Table.of(path, torch.stack([t, torch.tensor(grid.t[i + 1], dtype=torch.float64)])) if float(t) <= 1 else None
-
-
-def _averaged(x: Tensor, x0: Tensor, step: Tensor, ahead: Tensor, table: Table, i: int) -> Tensor:
-    """Heun's correction. The slope of x / alpha in sigma / alpha is the noise, (x - alpha x0) / sigma."""
-    (a, b), (s, r) = table.alpha[i : i + 2], table.sigma[i : i + 2]
-    here = torch.add(x, x0, alpha=-a) / s
-    there = torch.add(step, ahead, alpha=-b) / r
-    return torch.add(x * (b / a), here + there, alpha=(r - s * b / a) / 2)
+    if churn > 0 and grid.alpha[i] > 0 and low <= grid.sigma[i] / grid.alpha[i] <= high:
+        t = path.time(torch.tensor(2 * (grid.half_log_snr[i] - math.log(factor)), dtype=torch.float64))
+        if float(t) <= 1:
+            table, start = Table.of(path, torch.tensor([float(t), grid.t[i + 1]], dtype=torch.float64)), 0
+            scale = table.alpha[0] / grid.alpha[i]
+            added = max(table.sigma[0] ** 2 - (scale * grid.sigma[i]) ** 2, 0.0)
+            raised = _Raise(scale, noise * math.sqrt(added))
+    if table.sigma[start + 1] == 0:
+        return raised, ddim_single(table, start)
+    return raised, runge_kutta_step(path, table, start, HEUN, variable)

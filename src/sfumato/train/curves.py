@@ -1,11 +1,14 @@
 """Curves as pictures, drawn with Pillow: a run need not bring a plotting library to show how it goes."""
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
+
+from sfumato import files
 
 WIDTH, HEIGHT, SCALE = 720, 420, 2
 LEFT, RIGHT, TOP, BOTTOM = 70, 20, 40, 46
@@ -25,7 +28,7 @@ class Curve(NamedTuple):
 def plot(path: Path, title: str, curves: Sequence[Curve], x_label: str, *, log_y: bool = False) -> None:
     """Draws curves with axes, ticks and a legend into a PNG.
 
-    Points that are not finite, or not positive, are left out.
+    Points that are not finite, or not positive where the axis is logarithmic, are left out; without any there is none.
     """
     kept = [_finite(curve, log_y) for curve in curves]
     kept = [curve for curve in kept if curve.x]
@@ -47,7 +50,9 @@ def plot(path: Path, title: str, curves: Sequence[Curve], x_label: str, *, log_y
             draw.circle(points[0], 3 * SCALE, colour)
     _legend(draw, font, [curve for curve in kept if not curve.faint])
     path.parent.mkdir(parents=True, exist_ok=True)
-    image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS).save(path)
+    data = io.BytesIO()
+    image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS).save(data, "PNG")
+    files.write_atomic(path, data.getvalue())
 
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:

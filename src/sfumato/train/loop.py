@@ -2,64 +2,94 @@
 small.
 """
 
+import os
+import shlex
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
 import torch
-import yaml
 
 from sfumato import files
 from sfumato.config import Config
 from sfumato.errors import ConfigError, MemoryShortage
-from sfumato.overlay import resolved
+from sfumato.overlay import as_yaml, resolved
+from sfumato.train import checkpoint
 from sfumato.train.run import Run
+
+# What a run has written before its first checkpoint: another may begin over it.
+LOGS = {".lock", "config.yaml", "log.txt", "metrics.jsonl", "loss.png", "loss_by_noise.png"}
+UNSAVED = LOGS | {"samples", "checkpoints"}
+STOPPING = b"\nstopping after this step; Ctrl-C again stops at once, unsaved\n"
 
 
 def train(config: Config, *, run: str | Path, resume: bool = False, stop_after: int | None = None) -> Path:
     """Trains, or goes on training, in the folder `run`; returns its `model/`.
 
+    The folder gets config.yaml, metrics.jsonl, log.txt, loss.png, samples/, checkpoints/, and for every average of
+    `config.ema` a model directory: `model/` for the first, `model-1/`, `model-2/` for others.
     stop_after: save and stop after so many steps of this call, as an interruption would (for machines lent by the
-    hour). Raises ConfigError if the folder holds another run, Interrupted when it was stopped and can be resumed,
-    CheckpointError if there is nothing whole to resume from, DataError if the data or the gradients are unusable.
+    hour). Raises ConfigError if the folder holds another run or other things, or is in use, Interrupted when it was
+    stopped and can be resumed, CheckpointError if there is nothing whole to resume from, DataError if the data or the
+    gradients are unusable, MachineError if the disk is full, MemoryShortage.
     """
     folder = Path(run)
-    begun = (folder / "checkpoints").exists()
-    if begun and not resume:
-        raise ConfigError(
-            "this run exists already", where=str(folder), fix=f"sfumato train --resume {folder}, or name=ANOTHER"
-        )
-    if resume and not begun:
-        raise ConfigError(
-            "there is no run to resume", where=str(folder), seen="no checkpoints", fix="leave --resume out"
-        )
-    with _stop_signal() as stopping, _explained_memory(config):
-        made = Run(config, folder, resume)
-        with files.lock(folder), made.loader_closed():
-            text = yaml.safe_dump(resolved(config), sort_keys=False, allow_unicode=True)
-            files.write_atomic(folder / "config.yaml", text)
+    if stop_after is not None and stop_after < 1:
+        raise ConfigError("a run stops after one step at least", where="stop_after", seen=str(stop_after))
+    _check_folder(folder, resume)
+    with files.lock(folder), _stop_signal() as stopping, _explained_memory(config):
+        _check_folder(folder, resume)  # again: another process may have trained here while this one waited
+        for place in (folder, folder / "checkpoints", folder / "samples"):
+            files.sweep(place)
+        with closing(Run(config, folder, resume)) as made:
+            files.write_atomic(folder / "config.yaml", as_yaml(resolved(config)))
             return made.go(stopping, stop_after)
+
+
+def _check_folder(folder: Path, resume: bool) -> None:
+    """A new run needs a folder in which nothing can be lost, a resumed one needs checkpoints."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError("a run is a folder", where=str(folder), seen="a file", fix="name=ANOTHER")
+    begun, quoted = bool(checkpoint.found(folder / "checkpoints")), shlex.quote(str(folder))
+    if resume and not begun:
+        again = f"sfumato train {shlex.quote(str(folder / 'config.yaml'))} --run {quoted}"
+        fix = again if (folder / "config.yaml").exists() else "leave --resume out"
+        raise ConfigError("there is no run to resume", where=str(folder), seen="no checkpoints", fix=fix)
+    if resume or not folder.exists():
+        return
+    if begun:
+        fix = f"sfumato train --resume {quoted}, or name=ANOTHER"
+        raise ConfigError("this run exists already", where=str(folder), fix=fix)
+    names = sorted(path.name for path in folder.iterdir())
+    if other := [name for name in names if name not in UNSAVED and not files.LEFT_BEHIND.fullmatch(name)]:
+        raise ConfigError(
+            "this folder holds other things already", where=str(folder), seen=", ".join(other[:5]), fix="name=ANOTHER"
+        )
 
 
 @contextmanager
 def _stop_signal() -> Iterator[Callable[[], bool]]:
     """Whether Ctrl-C or SIGTERM has asked to stop: the step is finished first. A second Ctrl-C stops at once."""
-    asked = threading.Event()
+    asked = False
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        if asked.is_set() and number == signal.SIGINT:
+    def ask(number: int, frame: FrameType | None) -> None:  # no locks in here: a second signal may interrupt it
+        nonlocal asked
+        if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        asked.set()
+        if not asked:
+            with suppress(OSError):
+                os.write(2, STOPPING)
+        asked = True
 
     if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+        yield lambda: False
         return
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked.is_set
+        yield lambda: asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -69,9 +99,10 @@ def _stop_signal() -> Iterator[Callable[[], bool]]:
 def _explained_memory(config: Config) -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        half = max(1, config.batch // 2)
-        fix = f"batch={half} accumulate={config.accumulate * 2}, which trains the same, or checkpointing=true"
-        raise MemoryShortage(
-            "the device has too little memory", where="training", seen=str(error).splitlines()[0], fix=fix
-        ) from error
+    except (RuntimeError, MemoryError) as error:
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        half = f"batch={config.batch // 2} accumulate={config.accumulate * 2}, which trains alike, or "
+        fix = (half if config.batch % 2 == 0 else "a smaller batch, or ") + "checkpointing=true"
+        raise MemoryShortage("there is too little memory", where="training", seen=said, fix=fix) from error

@@ -17,10 +17,13 @@ from torch.optim import Optimizer
 QUINTIC = (3.4445, -4.7750, 2.0315)  # steepest at zero: singular values of 0.01 arrive at 0.7 to 1.2 in five steps
 
 
-def orthogonalised(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """U V^T of each matrix of a batch (N, rows, columns), to about 20%, by Newton-Schulz iterations in `dtype`."""
+def orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
+    """U V^T of each matrix of a batch (N, rows, columns), to about 20%, by Newton-Schulz iterations.
+
+    In bfloat16 on an accelerator; in float32 on a CPU, many of which have no bfloat16 arithmetic and crawl through it.
+    """
     a, b, c = QUINTIC
-    x = matrices.to(dtype)
+    x = matrices.to(torch.float32 if matrices.device.type == "cpu" else torch.bfloat16)
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
@@ -90,11 +93,11 @@ class Muon(Optimizer):
         torch._foreach_lerp_(first, grads, 1 - beta1)
         torch._foreach_mul_(second, beta2)
         torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
-        n = float(steps[0])
+        counts = [float(n) for n in steps]
         scale = torch._foreach_sqrt(second)
-        torch._foreach_div_(scale, (1 - beta2**n) ** 0.5)
+        torch._foreach_div_(scale, [(1 - beta2**n) ** 0.5 for n in counts])
         torch._foreach_add_(scale, group["eps"])
-        torch._foreach_addcdiv_(params, first, scale, value=-group["lr"] / (1 - beta1**n))
+        torch._foreach_addcdiv_(params, first, scale, [-group["lr"] / (1 - beta1**n) for n in counts])
 
     def _slot(self, p: Tensor, name: str) -> Tensor:
         state = self.state[p]

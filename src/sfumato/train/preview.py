@@ -1,23 +1,61 @@
 """Pictures drawn while a model trains."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from sfumato.conditioners import Raw
+from sfumato import files
+from sfumato.conditioners import Conditioner, Raw
 from sfumato.config import Config
+from sfumato.data.picture import Dataset
 from sfumato.data.sheet import sheet
+from sfumato.errors import DataError
 from sfumato.model import Model
 from sfumato.pipeline import Pipeline
 
+LOOKED_AT = 256  # of the data, in search of captions that the model can read whole
 
-def preview(model: Model, device: torch.device, config: Config, raw: Sequence[Raw], path: Path) -> None:
-    """A sheet of one picture for each condition, always from the same noise, with the recommended settings."""
-    pipeline = Pipeline(model, device, precision=config.precision)
-    fields = set(getattr(model.conditioner, "fields", ()))
-    known = [{name: value for name, value in one.items() if name in fields} for one in raw]
-    drawn = pipeline.sample(known)
-    said = [str(one.get("caption", one.get("label", ""))) for one in raw]
+
+def wanted(model: Model, dataset: Dataset, config: Config, held: Sequence[int]) -> list[Raw]:
+    """The raw conditions to draw: the configured prompts, else the first of the held-out data, else of the data.
+
+    DataError for a configured prompt that the model cannot read; of the data, those that it cannot are passed over.
+    """
+    samples, conditioner = config.samples, model.conditioner
+    if conditioner is None:
+        return [{} for _ in range(samples.count)]
+    if samples.prompts:
+        field = "caption" if "caption" in conditioner.fields else conditioner.fields[0]
+        prompts: list[Raw] = [{field: text} for text in samples.prompts]
+        conditioner.check(prompts)
+        return prompts
+    places = list(held[:LOOKED_AT]) or list(range(min(LOOKED_AT, len(dataset))))
+    found: list[Raw] = []
+    while places and len(found) < samples.count:
+        some, places = places[: samples.count], places[samples.count :]
+        known = [{name: one[name] for name in conditioner.fields if name in one} for one in dataset.batch(some)[1]]
+        found += [one for one in known if _readable(conditioner, one)]
+    return found[: samples.count]
+
+
+def preview(model: Model, device: torch.device, precision: str, raw: Sequence[Raw], path: Path) -> None:
+    """A sheet of one picture for each condition, always from the same noise, with the recommended settings.
+
+    DataError if the model answers with numbers that are not finite.
+    """
+    drawn = Pipeline(model, device, precision=precision).sample(list(raw))
+    said = [" ".join(map(str, one.values())) for one in raw]
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet(list(drawn.images), said).save(path)
+    data = io.BytesIO()
+    sheet(list(drawn.images), said).save(data, "PNG")
+    files.write_atomic(path, data.getvalue())
+
+
+def _readable(conditioner: Conditioner, one: Raw) -> bool:
+    try:
+        conditioner.check([one])
+    except DataError:
+        return False
+    return True

@@ -5,23 +5,22 @@ Its state is weights, averages, optimizer and a few counters; all randomness is 
 skipped stays skipped.
 """
 
-import shutil
+import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
+from sfumato import files
 from sfumato.catalogue import build
-from sfumato.conditioners import Raw
 from sfumato.config import Config
 from sfumato.data.loader import Batch, Loader
 from sfumato.errors import CheckpointError, ConfigError, DataError, Interrupted, MachineError
 from sfumato.io.directory import save_model
-from sfumato.model import build_model, pick_device
+from sfumato.model import build_model, compile_net, pick_device
 from sfumato.overlay import resolved
 from sfumato.train import checkpoint
 from sfumato.train.checkpoint import State
@@ -30,32 +29,36 @@ from sfumato.train.guard import Guard
 from sfumato.train.keys import key
 from sfumato.train.log import Log
 from sfumato.train.optim import build_optimizer, learning_rate
-from sfumato.train.preview import preview
-from sfumato.train.step import Stepper
+from sfumato.train.preview import preview, wanted
+from sfumato.train.step import Outcome, Stepper
 from sfumato.train.validate import Validation
 
 ROLLBACKS = 5  # more of them, and somebody should look at the run
+NAMED = 8  # pictures of a step that was skipped
 
 
 class Run:
-    """A run of a configuration in a folder, from its beginning or from its newest whole checkpoint."""
+    """A run of a configuration in a folder, from its beginning or from its newest whole checkpoint.
+
+    step counts the steps, made or skipped, updates those that were made, images the pictures seen. pending: loss and
+    gradient norm of the steps since the last row of metrics.
+    """
 
     def __init__(self, config: Config, folder: Path, resume: bool) -> None:
         self.config, self.folder = config, folder
         if config.threads:
             torch.set_num_threads(config.threads)
         self.device, self.section = pick_device(config.device), resolved(config)
+        told: list[str] = []
+        kept = checkpoint.newest(self.checkpoints, told.append) if resume else None
         self.dataset = build(config.data, "Data")
-        torch.manual_seed(key(config.seed, "weights"))
-        spec = {"model": self.section["model"], "size": list(self.dataset.shape), "sampling": self.section["sampling"]}
-        self.model = build_model(spec, self.dataset).to(self.device).train()
-        self.weights = self.model.trained()
-        self.optimizer = build_optimizer(self.model, config)
-        self.stepper = Stepper(self.model, build(config.objective, "Objective"), self.optimizer, config, self.device)
-        self.averages = [EMA(self.weights, section) for section in config.ema]
-        self.guard = Guard(config.guard)
+        self._build(kept[1] if kept else None)
         self.step = self.updates = self.images = 0
-        told = self._restore() if resume else []
+        self.pending: list[list[float]] = []
+        if kept is not None:
+            told += self._restore(*kept)
+        self._check_room()
+        self.log = Log(folder, self.step, config.steps)
         self.loader = Loader(
             self.dataset,
             config.batch,
@@ -64,37 +67,37 @@ class Run:
             workers=config.workers,
             holdout=config.validate_.holdout,
         )
-        self.validation = self._validation()
-        if hasattr(self.model.net, "checkpointing"):
-            self.model.net.checkpointing = config.checkpointing  # type: ignore[assignment]
-        if config.compile:
-            _compile(self.model.net, self.device)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.log = Log(folder, self.step, config.steps)
-        self._greet(told)
+        with self._loader_closed_on_error():
+            held = self.loader.held_out().tolist()
+            self.validation = self._validation(held)
+            drawing = config.samples.every or config.samples.at_start
+            self.shown = wanted(self.model, self.dataset, config, held) if drawing else []
+            self._greet(told)
 
-    @contextmanager
-    def loader_closed(self) -> Iterator[None]:
-        """The threads that fetch data end with this context."""
-        try:
-            yield
-        finally:
-            self.loader.close()
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.folder / "checkpoints"
+
+    def close(self) -> None:
+        """Ends the threads that fetch data."""
+        self.loader.close()
 
     def go(self, stopping: Callable[[], bool], stop_after: int | None) -> Path:
         """Steps until the end, or until told to stop; returns the model directory."""
-        config, last = self.config, self.step + stop_after if stop_after else None
+        config, last = self.config, None if stop_after is None else self.step + stop_after
         with self.log:
-            if self.step == 0 and config.samples.every and config.samples.at_start:
+            if self.step == 0 and config.samples.at_start:
                 self._look()
-            losses: list[float] = []
+            if self.step >= config.steps:  # resumed at its end; perhaps it was killed before it wrote the model
+                self._save_models()
             while self.step < config.steps:
-                losses += self._advance()
-                losses = self._report(losses)
+                self._advance()
+                self._report()
                 over = self.step == config.steps
                 if not over and (stopping() or self.step == last):
                     self._save()
-                    fix = f"sfumato train --resume {self.folder}"
+                    fix = f"sfumato train --resume {shlex.quote(str(self.folder))}"
                     raise Interrupted("stopped, and saved", where=f"step {self.step} of {config.steps}", fix=fix)
                 if over or self.step % config.checkpoint.every == 0:
                     self._save()
@@ -102,79 +105,118 @@ class Run:
             self.log.say(f"{self.images:,} images in {self.step:,} steps; the model is in {self.folder / 'model'}")
         return self.folder / "model"
 
-    def _advance(self) -> list[float]:
-        """One step; its loss, or nothing where it was skipped."""
+    def _build(self, state: State | None) -> None:
+        """The parts, freshly initialised; a conditioner's vocabulary is that of the checkpoint, if there is one."""
+        config = self.config
+        torch.manual_seed(key(config.seed, "weights"))
+        spec = {"model": self.section["model"], "size": list(self.dataset.shape), "sampling": self.section["sampling"]}
+        self.model = build_model(spec, self.dataset, None if state is None else state.files)
+        self.model.to(self.device).train()
+        self.weights = self.model.trained()
+        self.optimizer = build_optimizer(self.model, config)
+        self.stepper = Stepper(self.model, build(config.objective, "Objective"), self.optimizer, config, self.device)
+        self.averages = [EMA(self.weights, section) for section in config.ema]
+        self.guard = Guard(config.guard)
+        if config.checkpointing and not hasattr(self.model.net, "checkpointing"):
+            seen = type(self.model.net).__name__
+            raise ConfigError(
+                "this network has no gradient checkpointing",
+                where="checkpointing",
+                seen=seen,
+                fix="checkpointing=false",
+            )
+        if config.checkpointing:
+            self.model.net.checkpointing = True  # type: ignore[assignment]
+        if config.compile:
+            compile_net(self.model.net, self.device, dynamic=False)
+
+    def _advance(self) -> None:
+        """One step: made, or skipped and counted."""
         batches = [next(self.loader) for _ in range(self.config.accumulate)]
         outcome = self.stepper.gradients(batches, self.step)
         fresh = sum(len(batch.images) for batch in batches)
         self.step, self.images = self.step + 1, self.images + fresh
         self.log.stepped(self.step, fresh)
-        if not (np.isfinite(outcome.loss) and np.isfinite(outcome.norm)):
-            self.stepper.skip()
-            seen = f"loss {outcome.loss:g}, gradient norm {outcome.norm:g}"
-            self.log.say(f"step {self.step}: skipped, {seen}")
-            self.guard.nonfinite(self.step, seen)
-            return []
-        score = self.guard.score(outcome.loss)
-        if self.guard.spiked(outcome.loss) and not self._accepts(outcome.loss, score):
-            return []
+        if not self._usable(outcome, batches):
+            return
         self.stepper.update(learning_rate(self.updates, self.config))
         for average in self.averages:
             average.update(list(self.weights.values()), self.updates)
         self.updates += 1
-        self.guard.passed()
-        return [outcome.loss]
+        self.guard.made()
+        self.pending.append([outcome.loss, outcome.norm])
 
-    def _accepts(self, loss: float, score: float) -> bool:
-        """What the configuration wants done about a spike; True if the step is made all the same."""
-        action = self.config.guard.spikes
-        self.log.say(f"step {self.step}: loss {loss:.4g} lies {score:.0f} deviations above the last ones ({action})")
-        if action == "warn":
+    def _usable(self, outcome: Outcome, batches: Sequence[Batch]) -> bool:
+        """Whether a step is to be made; what is wrong with it is told, and done about."""
+        if not (np.isfinite(outcome.loss) and np.isfinite(outcome.norm)):
+            why = f"loss {outcome.loss:g}, gradient norm {outcome.norm:g}"
+            self._skip("not finite: " + why, batches)
+            return False
+        score = self.guard.spike(outcome.loss)
+        if score is None:
             return True
-        self.stepper.skip()
+        action = self.config.guard.spikes
+        why = f"loss {outcome.loss:.4g} lies {score:.0f} deviations above the last ones"
+        if action == "warn":
+            self.log.say(f"step {self.step}: {why}")
+            return True
+        self._skip(why, batches)
         if action == "rollback":
             self._roll_back()
         return False
 
+    def _skip(self, why: str, batches: Sequence[Batch]) -> None:
+        """Neither weights nor averages nor learning rate move; DataError when too many steps in a row are skipped."""
+        self.stepper.skip()
+        indices = [int(index) for batch in batches for index in batch.indices]
+        more = f" and {len(indices) - NAMED} more" if len(indices) > NAMED else ""
+        self.log.say(f"step {self.step} is skipped: {why}; pictures {' '.join(map(str, indices[:NAMED]))}{more}")
+        self.guard.missed(self.step, why)
+
     def _roll_back(self) -> None:
         """Weights, averages and optimizer as in the last checkpoint; the data goes on."""
+        if not checkpoint.found(self.checkpoints):
+            self.log.say("there is no checkpoint yet to roll back to")
+            return
         self.guard.rollbacks += 1
         if self.guard.rollbacks > ROLLBACKS:
             raise DataError(
                 f"the loss still jumps after {ROLLBACKS} rollbacks", where=f"step {self.step}", fix="a smaller optim.lr"
             )
-        path, state = checkpoint.newest(self.folder / "checkpoints", self.log.say)
+        path, state = checkpoint.newest(self.checkpoints, self.log.say)
         self._adopt(state)
         self.updates = int(state.plain["updates"])
         self.log.say(f"rolled back to {path.name}")
 
-    def _report(self, losses: list[float]) -> list[float]:
-        """Metrics, validation and pictures, each when it is due. Returns the losses that were not reported yet."""
+    def _report(self) -> None:
+        """Metrics, validation and pictures, each when it is due."""
         config, over = self.config, self.step == self.config.steps
-        if losses and (over or self.step % config.log.every == 0):
-            rate = learning_rate(max(self.updates - 1, 0), config)
+        if self.pending and (over or self.step % config.log.every == 0):
+            loss, norm = (sum(one) / len(one) for one in zip(*self.pending, strict=True))
+            rate = learning_rate(self.updates - 1, config)
             counts = {"skipped": self.guard.skipped, "spikes": self.guard.spikes}
-            loss = sum(losses) / len(losses)
-            self.log.row({"step": self.step, "images": self.images, "loss": loss, "lr": rate, **counts})
-            losses = []
-        if self.validation and config.validate_.every and (over or self.step % config.validate_.every == 0):
+            row = {"step": self.step, "images": self.images, "loss": loss, "gradient_norm": norm, "lr": rate}
+            self.log.row(row | counts)
+            self.pending.clear()
+        if self.validation and (over or self.step % config.validate_.every == 0):
             with self._average_weights():
                 loss, by_noise = self.validation(self.stepper)
-            self.log.row({"step": self.step, "validation": loss, "by_noise": by_noise}, shown=False)
+            self.log.row({"step": self.step, "validation": loss, "by_noise": by_noise})
             self.log.say(f"step {self.step}: validation {loss:.4f}")
             self.log.draw()
         if config.samples.every and (over or self.step % config.samples.every == 0):
             self._look()
-        return losses
 
     def _look(self) -> None:
         """A sheet of pictures, for the configured prompts or the first captions of the data."""
-        samples = self.config.samples
-        raw: list[Raw] = [{"caption": text} for text in samples.prompts]
-        if not raw:
-            raw = list(self.dataset.batch(range(min(samples.count, len(self.dataset))))[1])
+        if not self.shown:
+            return
+        path = self.folder / "samples" / f"{self.step:08d}.png"
         with self._average_weights():
-            preview(self.model, self.device, self.config, raw, self.folder / "samples" / f"{self.step:08d}.png")
+            try:
+                preview(self.model, self.device, self.config.precision, self.shown, path)
+            except DataError as error:
+                self.log.say(f"step {self.step}: no pictures, {error.what} ({error.seen})")
 
     @contextmanager
     def _average_weights(self) -> Iterator[None]:
@@ -183,49 +225,75 @@ class Run:
         """
         started = time.perf_counter()
         self.model.eval()
-        with self.averages[0].applied(list(self.weights.values())), torch.compiler.set_stance("force_eager"):
-            yield
-        self.model.train()
-        self.log.paused(time.perf_counter() - started)
+        try:
+            with self.averages[0].applied(list(self.weights.values())), torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            self.model.train()
+            self.log.paused(time.perf_counter() - started)
 
     def _save(self) -> None:
-        """A checkpoint and the model directory."""
+        """A checkpoint and the model directories. DataError, before anything is written, for weights that are lost."""
         started = time.perf_counter()
+        if not bool(torch.stack([value.isfinite().all() for value in self.weights.values()]).all()):
+            raise DataError(
+                "the weights are not finite, and not saved",
+                where=f"step {self.step}",
+                fix="a smaller optim.lr; the last checkpoint is intact",
+            )
+        checkpoint.save(self.checkpoints, self.step, self._state(), self.config.checkpoint.keep)
+        self._save_models()
+        self.log.paused(time.perf_counter() - started)
+
+    def _state(self) -> State:
+        """All that a resumed run needs."""
         averages = {f"ema-{i}": average.state() for i, average in enumerate(self.averages)}
         optim = checkpoint.optimizer_state(self.optimizer, self.model)
         plain = {
             "step": self.step,
             "updates": self.updates,
             "images": self.images,
+            "pending": self.pending,
             "guard": self.guard.state(),
             "scaler": self.stepper.scaler.state_dict(),
             "model": self.section["model"],
+            "optimizer": self.config.optim.kind,
+            "numerics": checkpoint.numerics(self.device),
         }
-        state = State({"model": self.model.weights(), **averages, "optim": optim}, plain)
-        checkpoint.save(self.folder / "checkpoints", self.step, state, self.config.checkpoint.keep)
-        facts = {"run": self.config.name, "steps": self.step, "images": self.images, "seed": self.config.seed}
-        save_model(self.folder / "model", self.model, facts, self.model.weights() | self.averages[0].state())
-        self.log.paused(time.perf_counter() - started)
+        conditioner = self.model.conditioner
+        own = conditioner.files() if conditioner is not None else {}
+        return State({"model": self.model.weights(), **averages, "optim": optim}, plain, own)
 
-    def _restore(self) -> list[str]:
-        """Takes up the newest whole checkpoint; what there is to tell of others."""
-        told: list[str] = []
-        path, state = checkpoint.newest(self.folder / "checkpoints", told.append)
-        if state.plain["model"] != self.section["model"]:
-            raise ConfigError(
-                "a run cannot go on with another model",
-                where="model",
-                seen=str(path),
-                fix="name=ANOTHER, without --resume",
-            )
+    def _save_models(self) -> None:
+        """A model directory for each average: `model/` for the first, `model-1/`, `model-2/` for others."""
+        for i, (average, section) in enumerate(zip(self.averages, self.section["ema"], strict=True)):
+            facts = {"run": self.config.name, "steps": self.step, "images": self.images, "seed": self.config.seed}
+            folder = self.folder / (f"model-{i}" if i else "model")
+            save_model(folder, self.model, facts | {"ema": section}, self.model.weights() | average.state())
+
+    def _restore(self, path: Path, state: State) -> list[str]:
+        """Takes up a checkpoint; what there is to tell of it."""
+        for name, own in (("model", self.section["model"]), ("optimizer", self.config.optim.kind)):
+            if state.plain[name] != own:
+                raise ConfigError(
+                    f"a run cannot go on with another {name}",
+                    where="optim.kind" if name == "optimizer" else name,
+                    seen=f"not that of {path}",
+                    fix="name=ANOTHER, without --resume",
+                )
         self._adopt(state)
-        self.step, self.updates, self.images = (int(state.plain[name]) for name in ("step", "updates", "images"))
-        self.guard.restore(dict(state.plain["guard"]))
-        self.stepper.scaler.load_state_dict(dict(state.plain["scaler"]))
-        return [*told, f"resumed from {path.name}"]
+        plain = state.plain
+        self.step, self.updates, self.images = (int(plain[name]) for name in ("step", "updates", "images"))
+        self.pending = [list(pair) for pair in plain["pending"]]
+        self.guard.restore(plain["guard"])
+        if plain["scaler"] and self.stepper.scaler.is_enabled():
+            self.stepper.scaler.load_state_dict(dict(plain["scaler"]))
+        before, here = plain["numerics"], checkpoint.numerics(self.device)
+        changed = [f"{name} was {before.get(name)}, is {now}" for name, now in here.items() if before.get(name) != now]
+        return [f"resumed from {path.name}", *(f"it continues, but not bit for bit: {one}" for one in changed)]
 
     def _adopt(self, state: State) -> None:
-        """Weights, averages and optimizer of a checkpoint."""
+        """Weights, averages and optimizer of a checkpoint; an average that it does not have begins with the weights."""
         own, kept = self.model.weights(), state.tensors["model"]
         if own.keys() != kept.keys() or any(own[name].shape != kept[name].shape for name in own):
             raise CheckpointError(
@@ -235,24 +303,41 @@ class Run:
             for name, value in own.items():
                 value.copy_(kept[name])
         for i, average in enumerate(self.averages):
-            if f"ema-{i}" in state.tensors:
-                average.restore(state.tensors[f"ema-{i}"])
+            average.restore(state.tensors.get(f"ema-{i}", self.weights))
         checkpoint.restore_optimizer(self.optimizer, self.model, state.tensors["optim"])
 
-    def _validation(self) -> Validation | None:
-        held = self.loader.held_out().tolist()
+    def _check_room(self) -> None:
+        """MachineError if the disk has no room for one checkpoint and the model directories."""
+        weights = sum(value.nbytes for value in self.model.weights().values())
+        needed, free = weights * (3 + 2 * len(self.averages)), files.free_space(self.folder)
+        if free < needed:
+            raise MachineError(
+                "the disk has no room for a checkpoint",
+                where=str(self.folder),
+                seen=f"{free / 2**20:.0f} MiB free, {needed / 2**20:.0f} MiB needed",
+                fix="free some space, or --run FOLDER on another disk",
+            )
+
+    def _validation(self, held: Sequence[int]) -> Validation | None:
         batch, config = self.config.batch, self.config.validate_
         if not held or not config.every:
             return None
         parts = [held[i : i + batch] for i in range(0, min(len(held), batch * config.batches), batch)]
-        batches = [self._batch(part) for part in parts]
-        return Validation(batches, self.config.seed)
+        return Validation([self._batch(part) for part in parts], self.config.seed)
 
-    def _batch(self, part: list[int]) -> Batch:
+    def _batch(self, part: Sequence[int]) -> Batch:
         images, fields = self.dataset.batch(part)
         return Batch(images, fields, np.array(part), 0)
 
-    def _greet(self, told: list[str]) -> None:
+    @contextmanager
+    def _loader_closed_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+
+    def _greet(self, told: Sequence[str]) -> None:
         for line in told:
             self.log.say(line)
         millions = sum(p.numel() for p in self.weights.values()) / 1e6
@@ -260,11 +345,9 @@ class Run:
         self.log.say(
             f"{self.config.name}: {millions:.1f}M weights, {data}, on {self.device} in {self.config.precision}"
         )
-
-
-def _compile(net: Any, device: torch.device) -> None:
-    if device.type == "cpu" and shutil.which("g++") is None and shutil.which("clang++") is None:
-        raise MachineError(
-            "compiling for a CPU needs a C++ compiler", where="compile=true", seen="no g++", fix="compile=false"
-        )
-    net.compile(dynamic=False)
+        if self.loader.holdout < (asked := self.config.validate_.holdout):
+            self.log.say(f"holding out {self.loader.holdout} pictures, not {asked}: there are {len(self.dataset)}")
+        if self.config.validate_.every and self.validation is None:
+            self.log.say("no validation: no pictures are held out, see validate.holdout")
+        if self.config.samples.every and not self.shown:
+            self.log.say("no pictures while it trains: the model reads none of the first captions whole")

@@ -57,20 +57,17 @@ class Stepper:
         with self.autocast():
             return self.objective(self.model.denoiser, x0, self.model.cond(raw), generator(seed, "noise", step, micro))
 
-    def update(self, rate: float) -> bool:
-        """Moves the weights; False where the scaler found gradients that are not finite and did not."""
+    def update(self, rate: float) -> None:
+        """Moves the weights by gradients that `gradients` found finite: a scaler, which looks at them too, agrees."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        before = self.scaler.get_scale() if self.scaler.is_enabled() else 0.0
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return not self.scaler.is_enabled() or self.scaler.get_scale() >= before
 
     def skip(self) -> None:
-        """Forgets the gradients; a scaler lowers its scale."""
-        if self.scaler.is_enabled():
-            self.scaler.update(self.scaler.get_scale() * self.scaler.get_backoff_factor())
+        """Forgets the gradients. A scaler lowers its scale if they were not finite, and only then."""
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
     def autocast(self) -> torch.autocast:

@@ -21,7 +21,7 @@ class Validation:
     @torch.no_grad()
     def __call__(self, stepper: Stepper) -> tuple[float, list[tuple[float, float]]]:
         """The loss, and the network's unweighted square error in ten bins of time: pairs (middle of the bin, mean)."""
-        losses, times, errors = [], [], []
+        losses, sizes, times, errors = [], [], [], []
         for i, batch in enumerate(self.batches):
             x0 = encoded(stepper.model, batch.images, stepper.device)
             raw: Sequence[Raw] = batch.fields
@@ -29,10 +29,11 @@ class Validation:
                 rng = generator(self.seed, "validation", i)
                 loss = stepper.objective(stepper.model.denoiser, x0, stepper.model.cond(raw), rng)
             losses.append(float(loss.value))
+            sizes.append(len(x0))
             times += loss.t.tolist()
             errors += loss.each.tolist()
         bins: list[list[float]] = [[] for _ in range(BINS)]
         for t, error in zip(times, errors, strict=True):
             bins[min(int(t * BINS), BINS - 1)].append(error)
         by_noise = [((i + 0.5) / BINS, sum(one) / len(one)) for i, one in enumerate(bins) if one]
-        return sum(losses) / len(losses), by_noise
+        return sum(loss * n for loss, n in zip(losses, sizes, strict=True)) / sum(sizes), by_noise

@@ -1,0 +1,104 @@
+"""The learning curve of a recipe on scenes: score against seconds of training.
+
+    python benchmarks/quickstart.py --json
+    python benchmarks/quickstart.py --name adamw optim.kind=adamw optim.lr=1e-3
+
+Trains in parts (stop, judge, resume: training continues bit for bit), so that judging takes no training time. Only the
+time inside `train` counts. Curves of several names are kept in one file and drawn in one picture.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sfumato import load, load_config, train
+from sfumato.errors import Interrupted
+from sfumato.files import write_atomic
+from sfumato.metrics.scenes import evaluate
+from sfumato.train.curves import Curve, plot
+
+HERE = Path(__file__).parent
+
+
+def learning_curve(recipe: str, overrides: list[str], folder: Path, points: int, per_task: int) -> list[dict[str, Any]]:
+    """Scores at evenly spaced moments of one training run, in a folder that is made anew."""
+    shutil.rmtree(folder, ignore_errors=True)
+    config = load_config(recipe, overrides).config
+    part, rows, seconds = -(-config.steps // points), [], 0.0
+    for i in range(points):
+        started = time.perf_counter()
+        try:
+            train(config, run=folder, resume=i > 0, stop_after=part)
+        except Interrupted:
+            pass
+        seconds += time.perf_counter() - started
+        pipeline = load(folder)
+        last = i == points - 1
+        report = evaluate(pipeline, per_task=per_task, held_out=per_task // 2 if last else 0).as_dict()
+        tasks = {name: one["score"] for name, one in report["tasks"].items()}
+        row = {"seconds": round(seconds, 1), "images": pipeline.model.facts["images"], "overall": report["overall"]}
+        row |= {"low": report["low"], "high": report["high"], "tasks": tasks}
+        if last:
+            row["held_out"] = report["held_out"]["overall"]
+        rows.append(row)
+        print(f"{row['seconds']:7.0f} s  {row['images']:8,} images  {row['overall']:.3f}  {tasks}", file=sys.stderr)
+    return rows
+
+
+def machine() -> dict[str, Any]:
+    """Where the numbers come from."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.exists() else []
+    said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = said.get("flags", "").split()
+    return {
+        "cpu": f"{said.get('model name', platform.processor())} family {said.get('cpu family', '?')}",
+        "cores": os.cpu_count(),
+        "avx512_bf16": "avx512_bf16" in flags,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+    }
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description="Score against seconds of training.")
+    options.add_argument("overrides", nargs="*", help="key=value, as of sfumato train")
+    options.add_argument("--recipe", default="quickstart")
+    options.add_argument("--name", default="quickstart", help="what this curve is called")
+    options.add_argument("--points", type=int, default=6, help="how often to judge")
+    options.add_argument("--per-task", type=int, default=100, help="prompts of each task")
+    options.add_argument("--results", type=Path, default=HERE / "results" / "quickstart.json")
+    options.add_argument("--picture", type=Path, help="draw every curve of the results here")
+    options.add_argument("--run", type=Path, default=Path("runs/benchmark-quickstart"))
+    options.add_argument("--json", action="store_true", help="print one JSON object")
+    chosen = options.parse_args()
+    rows = learning_curve(chosen.recipe, chosen.overrides, chosen.run, chosen.points, chosen.per_task)
+    kept = json.loads(chosen.results.read_text(encoding="utf-8")) if chosen.results.is_file() else {"curves": {}}
+    kept["curves"][chosen.name] = {
+        "recipe": chosen.recipe,
+        "overrides": chosen.overrides,
+        "machine": machine(),
+        "curve": rows,
+    }
+    chosen.results.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(chosen.results, json.dumps(kept, indent=1) + "\n")
+    if chosen.picture:
+        curves = [
+            Curve(name, [row["seconds"] for row in one["curve"]], [row["overall"] for row in one["curve"]])
+            for name, one in kept["curves"].items()
+        ]
+        plot(chosen.picture, "overall scene score", curves, "seconds of training")
+    if chosen.json:
+        print(json.dumps({"benchmark": "quickstart", "machine": machine(), "curve": rows}))
+
+
+if __name__ == "__main__":
+    main()

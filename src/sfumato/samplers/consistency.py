@@ -1,0 +1,89 @@
+"""Few-step sampling with consistency models: jump to the data, draw back up to the next noise level, jump again.
+
+A consistency model answers where the flow through x_t ends (Song et al. 2023, algorithm 1, any path; Luo et al. 2023,
+algorithm 3, for latent ones), so its first jump is a sample already, and each further one mends it. It is asked for its
+"endpoint", which an ordinary denoiser does not know: E[x0 | x_t] is a blur of all ends.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sfumato.errors import ConfigError
+from sfumato.paths import Path, Tabulated
+from sfumato.samplers.core import Ask, Draw, Move, Running, Table
+from sfumato.samplers.plan import checked_choice
+
+To = Literal["endpoint", "x0"]
+
+
+def consistency(
+    path: Path, x: Tensor, times: Tensor, *, eta: float = 1.0, sigma_min: float = 0.0, to: To = "endpoint"
+) -> Running:
+    """Multistep consistency sampling. The last jump is the result.
+
+    eta: how much of the noise is drawn anew: 1 is the paper's, 0 keeps the noise that x holds.
+    sigma_min: the noise level (sigma / alpha) at which the model's jumps end, 0.002 for the published ones: what is
+    drawn is that much less. to: "x0" takes an ordinary denoiser's mean for the end.
+    """
+    if not 0 <= sigma_min < math.inf:
+        raise ConfigError("jumps end at a noise level", where="sampler.sigma_min", seen=f"{sigma_min:g}", fix="0.002")
+    table = Table.of(path, times)
+    levels = [
+        math.sqrt(max(sigma**2 - (alpha * sigma_min) ** 2, 0.0))
+        for alpha, sigma in zip(table.alpha, table.sigma, strict=True)
+    ]
+    return (yield from _jumps(table, x, levels, eta, to, None))
+
+
+def lcm(
+    path: Path, x: Tensor, times: Tensor, *, eta: float = 1.0, boundary: float = 0.0, to: To = "endpoint"
+) -> Running:
+    """Multistep sampling with latent consistency models. eta, to: as for `consistency`.
+
+    boundary: 10 for the published weights with to="x0", 0 for none: the end is then (x + 2 s sqrt(4 s^2 + 1) x0) /
+    (4 s^2 + 1), where s is `boundary` times the index in the table of betas, so that it is x itself at index 0.
+    """
+    table = Table.of(path, times)
+    shares = _boundary(path, table, boundary) if boundary else None
+    return (yield from _jumps(table, x, table.sigma, eta, to, shares))
+
+
+def _jumps(
+    table: Table,
+    x: Tensor,
+    levels: Sequence[float],
+    eta: float,
+    to: To,
+    shares: Sequence[tuple[float, float]] | None,
+) -> Running:
+    """levels: the noise to be added to an end at each time. shares: how much of x and of the answer make an end."""
+    checked_choice("to", to, ("endpoint", "x0"))
+    if not 0 <= eta <= 1:
+        raise ConfigError("eta is a share of the noise", where="sampler.eta", seen=f"{eta:g}", fix="eta=1")
+    for i in table.steps:
+        end = yield Ask(x, table.t[i], to)
+        if shares is not None:
+            end = torch.add(x * shares[i][0], end, alpha=shares[i][1])
+        kept = levels[i + 1] * math.sqrt(1 - eta**2) / table.sigma[i]
+        move = Move(kept, table.alpha[i + 1] - kept * table.alpha[i], levels[i + 1] * eta)
+        x = move.mean(x, end)
+        if move.std > 0:
+            x = yield Draw(x, move.std)
+    return x
+
+
+def _boundary(path: Path, table: Table, scale: float) -> list[tuple[float, float]]:
+    """c_skip and c_out at each time, in which the published code leaves out sigma_data, 1/2, once."""
+    if not isinstance(path, Tabulated):
+        raise ConfigError(
+            "this boundary counts the indices of a table of betas",
+            where="sampler.boundary",
+            seen=f"path {path}",
+            fix="boundary=0",
+        )
+    scaled = (scale * path.index(torch.tensor(table.t, dtype=torch.float64))).tolist()
+    return [(0.25 / (s**2 + 0.25), s / math.sqrt(s**2 + 0.25)) for s in scaled]

@@ -1,0 +1,89 @@
+"""`sfumato eval`: scores as a table, as JSON and as a file, with sheets of hits and misses."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from commands import QUICK, Command, told
+from PIL import Image as Pillow
+
+from sfumato.data.scenes import TASKS
+
+FEW = ("--suite", "scenes", "--per-task", "2", "--held-out", "1", "--steps", "1", "--device", "cpu")
+
+
+@pytest.fixture
+def run(tiny_run: Path, tmp_path: Path) -> Path:
+    """A copy of a finished run, to write into."""
+    shutil.copytree(tiny_run, tmp_path / "runs" / "tiny")
+    return Path("runs/tiny")
+
+
+def test_scores_for_programs(sfumato: Command, run: Path) -> None:
+    outcome = sfumato("eval", run, *FEW, "--json", "--guidance", "2", "--sampler", "ddim", "--times", "karras", "--seed", "3", "--batch", "5")
+    assert outcome.code == 0, outcome.err
+    scores = outcome.data
+    assert scores["suite"] == "scenes" and 0 <= scores["low"] <= scores["overall"] <= scores["high"] <= 1
+    assert list(scores["tasks"]) == list(scores["held_out"]["tasks"]) == list(TASKS)
+    for part, n in ((scores["tasks"], 2), (scores["held_out"]["tasks"], 1)):
+        assert all(one["n"] == n and one["low"] <= one["score"] <= one["high"] for one in part.values())
+    assert scores["images"] == 18
+    said = scores["settings"]
+    assert (said["guidance"], said["sampler"], said["grid"], said["steps"], said["seed"]) == (2.0, "ddim", "karras", 1, 3)
+    assert json.loads((run / "eval" / "scenes.json").read_text()) == scores
+    for task in TASKS:
+        assert Pillow.open(run / "eval" / f"{task}.png").width > 128
+    assert "scores in runs/tiny/eval/scenes.json" in outcome.err and "binding.png" in outcome.err
+
+
+def test_the_table_has_every_task_and_overall(sfumato: Command, run: Path) -> None:
+    outcome = sfumato("eval", run, *FEW, "--out", "judged")
+    assert outcome.code == 0
+    rows = {line.split()[0]: line.split()[1:] for line in outcome.out.splitlines() if line.strip()}
+    scores = json.loads(Path("judged/scenes.json").read_text())
+    for task in TASKS:
+        one, hidden = scores["tasks"][task], scores["held_out"]["tasks"][task]
+        assert rows[task] == [
+            text for each in (one, hidden) for text in (f"{each['score']:.2f}", f"{each['low']:.2f}-{each['high']:.2f}")
+        ]
+    assert rows["overall"][0] == f"{scores['overall']:.2f}"
+    assert rows["overall"][2] == f"{scores['held_out']['overall']:.2f}"
+
+
+def test_without_held_out_combinations(sfumato: Command, run: Path) -> None:
+    words = ("--per-task", "1", "--held-out", "0", "--steps", "1", "--device", "cpu")
+    assert sfumato("eval", run, *words, "--json").data["held_out"] == {"overall": None, "tasks": {}}
+    table = sfumato("eval", run / "model", *words)
+    assert table.code == 0 and (run / "eval" / "scenes.json").is_file()
+
+
+def test_a_model_of_other_words_is_not_judged(sfumato: Command, pictures: Path) -> None:
+    assert sfumato("train", "tiny", *QUICK, "data.kind=folder", f"data.path={pictures}", "name=mine").code == 0
+    told(sfumato("eval", "runs/mine", *FEW), 4, "does not know the words of scenes", "sfumato train quickstart")
+
+
+def test_a_model_without_conditions_is_not_judged(sfumato: Command) -> None:
+    assert sfumato("train", "tiny", *QUICK, "model.conditioner=null", "name=free").code == 0
+    told(sfumato("eval", "runs/free", *FEW), 4, "this model takes none", "seen   no conditions")
+    assert sfumato("sample", "runs/free", "--steps", "1").code == 0
+    told(sfumato("sample", "runs/free", "a cross"), 4, "takes no conditions")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "parts"),
+    [
+        (["--suite", "fid"], 2, ["no such suite", "seen   fid", "--suite scenes"]),
+        (["--steps", "0"], 2, ["steps", "seen   0"]),
+        (["--sampler", "ddmi"], 2, ["sampler is not known"]),
+        (["--out", "a_file/in"], 3, ["a_file"]),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_judged(sfumato: Command, run: Path, tmp_path: Path, words: list[str], code: int, parts: list[str]) -> None:
+    (tmp_path / "a_file").touch()
+    told(sfumato("eval", run, "--device", "cpu", *words), code, *parts)
+
+
+def test_a_run_that_is_not_there(sfumato: Command, run: Path) -> None:
+    told(sfumato("eval", "runs/nope"), 4, "no such run or model", "fix    runs/tiny")

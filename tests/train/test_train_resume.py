@@ -1,0 +1,414 @@
+"""Resuming: N steps, a stop, and N more are 2N steps, to the last bit of everything that a run keeps."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from sfumato import files
+from sfumato.cli import main
+from sfumato.config import Config
+from sfumato.errors import CheckpointError, ConfigError, Interrupted, MachineError, MemoryShortage
+from sfumato.io.directory import load_model
+from sfumato.overlay import as_yaml, from_resolved, resolved
+from sfumato.train import checkpoint, train
+from sfumato.train.run import Run
+from sfumato.train.step import Stepper
+
+Small = Callable[..., Config]
+# Everything at once that could be forgotten: several averages, micro-batches, dropout, rows of metrics that are due
+# at other steps than checkpoints, a held-out set, a decaying rate.
+EVERYTHING = (
+    "model.net.dropout=0.2",
+    "condition_dropout=0.5",
+    "accumulate=2",
+    "batch=2",
+    "ema=[{decay: 0.9}, {decay: 0.5, warmup: false}]",
+    "validate={every: 4, batches: 2, holdout: 8}",
+    "log.every=5",
+    "optim.decay=cosine",
+    "objective.times=logit_normal",
+)
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def kept(run: Path) -> dict[str, bytes]:
+    """All that a run keeps but its log, which has the time of day, and pictures of it."""
+    return {name: data for name, data in bytes_of(run).items() if not name.endswith((".txt", ".png", ".lock"))}
+
+
+def stopped(config: Config, run: Path, after: int, resume: bool = False) -> None:
+    with pytest.raises(Interrupted):
+        train(config, run=run, resume=resume, stop_after=after)
+
+
+@pytest.mark.parametrize("how", ["optim.kind=adamw", "optim.kind=muon", "precision=bf16", "precision=fp16"])
+def test_a_resumed_run_is_the_same_to_the_last_bit(small: Small, tmp_path: Path, how: str) -> None:
+    config = small(*EVERYTHING, how, *(["optim.options={}"] if how == "optim.kind=adamw" else []))
+    train(config, run=tmp_path / "whole")
+    stopped(config, tmp_path / "parts", 7)
+    torch.rand(5)  # the global generator is nobody's state
+    stopped(config.model_copy(update={"workers": 0}), tmp_path / "parts", 1, resume=True)
+    train(config, run=tmp_path / "parts", resume=True)
+    whole, parts = kept(tmp_path / "whole"), kept(tmp_path / "parts")
+    names = {name for name in whole if not name.startswith("checkpoints/step-00000006/")}  # the parts have 8 instead
+    assert {"checkpoints/step-00000012/optim.safetensors", "checkpoints/step-00000012/ema-1.safetensors"} <= names
+    assert {"metrics.jsonl", "config.yaml", "model/model.safetensors", "model-1/model.safetensors"} <= names
+    assert [name for name in sorted(names) if whole[name] != parts.get(name)] == []
+    assert len(whole["metrics.jsonl"].splitlines()) == 6  # losses at 5, 10 and 12; validation at 4, 8 and 12
+
+
+def test_every_average_has_a_model_directory(small: Small, tmp_path: Path) -> None:
+    config = small("steps=3", "ema=[{decay: 0.9}, {decay: 0.5, warmup: false}]")
+    train(config, run=tmp_path / "run")
+    _, state = checkpoint.newest(tmp_path / "run/checkpoints", print)
+    for i, folder in enumerate(["model", "model-1"]):
+        model = load_model(tmp_path / "run" / folder)
+        assert model.facts["ema"] == {"decay": (0.9, 0.5)[i], "warmup": i == 0}
+        for name, value in state.tensors[f"ema-{i}"].items():
+            assert torch.equal(model.weights()[name], value)
+    first, second = state.tensors["ema-0"], state.tensors["ema-1"]
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+def test_an_average_that_is_added_later_begins_with_the_weights(
+    start: Callable[..., Run], small: Small, tmp_path: Path
+) -> None:
+    stopped(small(), tmp_path / "run", 3)
+    run = start("ema=[{decay: 0.9}, {decay: 0.99}]", resume=True)
+    state = run.averages[1].state()
+    assert all(torch.equal(state[name], p) for name, p in run.weights.items())
+    assert any(not torch.equal(run.averages[0].state()[name], p) for name, p in run.weights.items())
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "lose"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    small: Small, tmp_path: Path, harm: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = small("checkpoint.every=2"), tmp_path / "run"
+    stopped(config, run, 6)
+    damage(run / "checkpoints/step-00000006/ema-0.safetensors", harm)
+    stopped(config, run, 1, resume=True)
+    said = capsys.readouterr().err
+    assert "step-00000006 is not used" in said and "ema-0.safetensors" in said and "resumed from step-00000004" in said
+    assert (run / "log.txt").read_text().count("step-00000006 is not used") == 1
+    # What is newer than the step that was saved stays until it is written anew, and takes nobody's place.
+    names = [path.name for path in checkpoint.found(run / "checkpoints")]
+    assert names == ["step-00000006", "step-00000005", "step-00000004"]
+    train(config, run=run, resume=True)
+    train(config, run=tmp_path / "whole")
+    assert kept(run)["metrics.jsonl"] == kept(tmp_path / "whole")["metrics.jsonl"]
+    assert kept(run)["model/model.safetensors"] == kept(tmp_path / "whole")["model/model.safetensors"]
+
+
+def damage(path: Path, harm: str) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    if harm == "lose":
+        path.unlink()
+    else:
+        path.write_bytes(data if harm == "flip" else data[:-1])
+
+
+def test_without_a_whole_checkpoint_nothing_begins_anew(
+    small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = small("checkpoint.every=2"), tmp_path / "run"
+    stopped(config, run, 4)
+    for path in checkpoint.found(run / "checkpoints"):
+        damage(path / "model.safetensors", "flip")
+    before = bytes_of(run)
+    with pytest.raises(CheckpointError, match="nothing whole to resume from") as caught:
+        train(config, run=run, resume=True)
+    assert caught.value.exit_code == 4 and all(
+        f"step-0000000{step} is not used" in str(caught.value) for step in (4, 2)
+    )
+    assert bytes_of(run) == before
+
+
+def test_sigterm_saves_and_says_how_to_go_on(small: Small, tmp_path: Path) -> None:
+    config, run = small("steps=100000", "log.every=1"), tmp_path / "a run"
+    (tmp_path / "config.yaml").write_text(as_yaml(resolved(config)))
+    command = [sys.executable, "-m", "sfumato", "train", str(tmp_path / "config.yaml"), "--run", str(run)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline and process.poll() is None and not rows_of(run):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)  # as impatient systems do
+        _, said = process.communicate(timeout=100)
+    assert process.returncode == 6, said
+    assert f"sfumato train --resume {shlex.quote(str(run))}" in said and "stopping after this step" in said
+    (newest,) = checkpoint.found(run / "checkpoints")
+    step = json.loads((newest / "state.json").read_text())["step"]
+    assert rows_of(run)[-1]["step"] == step
+    stopped(config, tmp_path / "here", step)  # the same steps in this process
+    stopped(config, run, 2, resume=True)
+    stopped(config, tmp_path / "here", 2, resume=True)
+    assert kept(run) == kept(tmp_path / "here")
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_step_finish(
+    small: Small, tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def struck(self: Stepper, batches: Any, step: int) -> Any:
+        if step == 2:
+            os.kill(os.getpid(), number)
+        return gradients(self, batches, step)
+
+    gradients, handler = Stepper.gradients, signal.getsignal(number)
+    monkeypatch.setattr(Stepper, "gradients", struck)
+    with pytest.raises(Interrupted, match="step 3 of 12"):
+        train(small(), run=tmp_path / "run")
+    assert [path.name for path in checkpoint.found(tmp_path / "run/checkpoints")] == ["step-00000003"]
+    assert signal.getsignal(number) is handler
+
+
+def test_a_second_ctrl_c_stops_at_once(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def struck(self: Stepper, batches: Any, step: int) -> Any:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return gradients(self, batches, step)
+
+    gradients = Stepper.gradients
+    monkeypatch.setattr(Stepper, "gradients", struck)
+    with pytest.raises(KeyboardInterrupt):
+        train(small("checkpoint.every=1"), run=tmp_path / "run")
+    assert [path.name for path in checkpoint.found(tmp_path / "run/checkpoints")] == ["step-00000002", "step-00000001"]
+
+
+def test_it_trains_outside_the_main_thread(small: Small, tmp_path: Path) -> None:
+    thread = threading.Thread(target=train, args=(small("steps=1"),), kwargs={"run": tmp_path / "run"})
+    thread.start()
+    thread.join()
+    assert (tmp_path / "run/model/model.json").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="forks")
+@pytest.mark.parametrize("call", [("fsync", 3), ("fsync", 9), ("rename", 1), ("rename", 2), ("replace", 3)])
+def test_killed_at_any_moment_it_goes_on(small: Small, tmp_path: Path, call: tuple[str, int]) -> None:
+    """A process that dies within its second save, as by kill -9: no handler runs, nothing is tidied up."""
+    config, run = small("steps=6", "checkpoint.every=2"), tmp_path / "run"
+    child = os.fork()
+    if child == 0:
+        die_in_save(call, config, run)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 137
+    train(config, run=run, resume=True)
+    train(config, run=tmp_path / "whole")
+    assert kept(run) == kept(tmp_path / "whole")  # the same files, and no half-written ones beside them
+
+
+def die_in_save(call: tuple[str, int], config: Config, run: Path) -> None:
+    """In the child: ends it at some call of the system during the save of step 4."""
+    name, left = call
+    real, save = getattr(os, name), checkpoint.save
+
+    def counted(*args: Any, **options: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os._exit(137)
+        return real(*args, **options)
+
+    def watched(folder: Path, step: int, *rest: Any) -> Path:
+        if step == 4:
+            setattr(os, name, counted)
+        return save(folder, step, *rest)
+
+    checkpoint.save = watched  # type: ignore[assignment]
+    try:
+        train(config, run=run)
+    finally:
+        os._exit(1)
+
+
+def test_a_full_disk_leaves_what_was_saved(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = small("checkpoint.every=4"), tmp_path / "run"
+    stopped(config, run, 4)
+    before = bytes_of(run / "checkpoints")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(MachineError, match="the disk is full") as caught:
+        patch.setattr(checkpoint, "save", lambda *args: (patch.setattr(os, "fsync", full), SAVE(*args)))
+        train(config, run=run, resume=True)
+    assert caught.value.exit_code == 3 and "--resume" in str(caught.value)
+    assert bytes_of(run / "checkpoints") == before
+    train(config, run=run, resume=True)
+    train(config, run=tmp_path / "whole")
+    assert kept(run) == kept(tmp_path / "whole")
+
+
+SAVE = checkpoint.save
+
+
+def test_too_little_room_is_told_before_the_first_step(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "free_space", lambda path: 200_000)
+    with pytest.raises(MachineError, match="no room for a checkpoint") as caught:
+        train(small(), run=tmp_path / "run")
+    assert "0 MiB free" in str(caught.value)
+
+
+def test_a_run_that_exists_is_not_trained_over(small: Small, tmp_path: Path) -> None:
+    stopped(small(), tmp_path / "run", 1)
+    before = bytes_of(tmp_path)
+    with pytest.raises(ConfigError, match="this run exists already") as caught:
+        train(small(), run=tmp_path / "run")
+    assert "--resume" in str(caught.value) and bytes_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["model", "thesis.odt", "config.toml"])
+def test_a_folder_with_other_things_is_left_alone(small: Small, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("years of work")
+    with pytest.raises(ConfigError, match="holds other things") as caught:
+        train(small(), run=tmp_path)
+    assert name in str(caught.value) and bytes_of(tmp_path) == {name: b"years of work"}
+
+
+def test_what_a_run_left_before_its_first_checkpoint_does_not_hinder_another(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Stepper, batches: Any, step: int) -> Any:
+        raise RuntimeError("a bug")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="a bug"):
+        patch.setattr(Stepper, "gradients", broken)
+        train(small(), run=tmp_path / "run")
+    (tmp_path / "run/checkpoints").mkdir()
+    (tmp_path / "run/checkpoints/.step-00000006.0123abcd").mkdir()  # killed within its first save
+    with pytest.raises(ConfigError, match="no run to resume") as caught:
+        train(small(), run=tmp_path / "run", resume=True)
+    assert f"sfumato train {tmp_path / 'run/config.yaml'} --run {tmp_path / 'run'}" in str(caught.value)
+    train(small("steps=1"), run=tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_what_cannot_be_a_run(small: Small, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no run to resume"):
+        train(small(), run=tmp_path / "none", resume=True)
+    assert not (tmp_path / "none").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="a run is a folder"):
+        train(small(), run=tmp_path / "file")
+    with pytest.raises(MachineError, match="cannot write here"):
+        train(small(), run=tmp_path / "file/run")
+    for steps in (0, -1):
+        with pytest.raises(ConfigError, match="one step at least"):
+            train(small(), run=tmp_path / "run", stop_after=steps)
+
+
+@pytest.mark.parametrize("change", ["model.net.dim=32", "model.prediction=x0", "optim={kind: adamw}"])
+def test_another_model_or_optimizer_is_another_run(small: Small, tmp_path: Path, change: str) -> None:
+    stopped(small(), tmp_path / "run", 1)
+    before = bytes_of(tmp_path / "run")
+    with pytest.raises(ConfigError, match="cannot go on with another"):
+        train(small(change), run=tmp_path / "run", resume=True)
+    assert bytes_of(tmp_path / "run") == before
+
+
+def test_a_second_trainer_touches_nothing(small: Small, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    stopped(small(), run, 3)
+    with files.lock(run):
+        before = bytes_of(run)
+        with pytest.raises(ConfigError, match="another process is training") as caught:
+            train(small(), run=run, resume=True)
+        assert bytes_of(run) == before and f"process {os.getpid()}" in str(caught.value)
+    stopped(small(), run, 1, resume=True)
+
+
+def test_a_run_killed_between_its_last_checkpoint_and_its_model_makes_the_model(small: Small, tmp_path: Path) -> None:
+    config, run = small("steps=2"), tmp_path / "run"
+    train(config, run=run)
+    before = bytes_of(run)
+    (run / "model/model.safetensors").unlink()
+    assert train(config, run=run, resume=True) == run / "model"
+    after = bytes_of(run)
+    assert all(after[name] == before[name] for name in before if name.startswith(("model/", "checkpoints/", "metrics")))
+
+
+def test_the_words_are_those_of_the_checkpoint(start: Callable[..., Run], small: Small, tmp_path: Path) -> None:
+    """A folder that has gained captions must not renumber the words that were learned."""
+    stopped(small(), tmp_path / "run", 1)
+    words = load_model(tmp_path / "run/model").conditioner
+    fewer = start("data.count=3", resume=True).model.conditioner
+    assert fewer is not None and words is not None and fewer.files() == words.files()
+
+
+def test_other_numerics_are_told(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopped(small(), tmp_path / "run", 1)
+    stopped(small(), tmp_path / "run", 1, resume=True)
+    assert "bit for bit" not in capsys.readouterr().err
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    stopped(small(), tmp_path / "run", 1, resume=True)
+    assert "not bit for bit: threads was 1, is 64" in capsys.readouterr().err
+
+
+def test_a_smaller_memory_is_explained(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("can't allocate memory: 9 bytes"),
+    ):
+
+        def short(self: Stepper, batches: Any, step: int, error: BaseException = error) -> Any:
+            raise error
+
+        monkeypatch.setattr(Stepper, "gradients", short)
+        with pytest.raises(MemoryShortage, match="batch=2 accumulate=2") as caught:
+            train(small(), run=tmp_path / "run")
+        assert caught.value.exit_code == 5
+
+
+def test_the_command_line_says_it_with_its_exit_code(
+    small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.yaml").write_text(as_yaml(resolved(small())))
+    run = str(tmp_path / "run")
+    assert code("train", str(tmp_path / "c.yaml"), "--run", run, "--stop-after", "2") == 6
+    assert f"sfumato train --resume {run}" in capsys.readouterr().err
+    assert code("train", str(tmp_path / "c.yaml"), "--run", run) == 2
+    assert code("train", "--resume", run, "optim.kind=adamw", "optim.options={}") == 2
+    assert code("train", "--resume", run, "steps=3") == 0
+    assert from_resolved(yaml.safe_load((tmp_path / "run/config.yaml").read_text()), "run").steps == 3
+    for path in checkpoint.found(tmp_path / "run/checkpoints"):
+        damage(path / "state.json", "flip")
+    assert code("train", "--resume", run) == 4
+
+
+def code(*words: str) -> int:
+    try:
+        main(list(words))
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
