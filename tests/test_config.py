@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from pydantic import BaseModel
 from PIL import Image as Pillow
+from pydantic import BaseModel
 
 from sfumato import config as module
 from sfumato.catalogue import KINDS, build
@@ -30,7 +30,14 @@ def fields(model: type[BaseModel], above: str = "") -> Iterator[tuple[str, Any]]
     """Every key of the schema with its annotation, sections entered."""
     for name, field in model.model_fields.items():
         where = f"{above}{field.alias or name}"
-        inner = next((one for one in (field.annotation, *get_args(field.annotation)) if inspect.isclass(one) and issubclass(one, BaseModel)), None)
+        inner = next(
+            (
+                one
+                for one in (field.annotation, *get_args(field.annotation))
+                if inspect.isclass(one) and issubclass(one, BaseModel)
+            ),
+            None,
+        )
         yield where, field
         if inner is not None:
             yield from fields(inner, f"{where}.")
@@ -44,7 +51,9 @@ def test_little_is_enough() -> None:
 
 def test_every_slot_of_the_schema_is_checked_and_of_a_known_kind() -> None:
     in_schema = {where for where, field in fields(Config) if "BeforeValidator(func=<function _slot" in repr(field)}
-    in_schema |= {where for where, field in fields(Config) if any("_slot" in repr(one) for one in get_args(field.annotation))}
+    in_schema |= {
+        where for where, field in fields(Config) if any("_slot" in repr(one) for one in get_args(field.annotation))
+    }
     assert in_schema == {where for where in SLOTS if not where.startswith("objective.")}
     assert set(SLOTS.values()) <= set(KINDS)
 
@@ -65,7 +74,14 @@ def test_a_resolved_recipe_loads_again_to_the_same(recipe: Any) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"name": "off"}, {"name": "2024-01-01"}, {"name": "1e3"}, {"guard": {"spikes": "off"}}, {"sampling": {"interval": [0.2, None]}}, {"optim": {"lr": 1e-7}}],
+    [
+        {"name": "off"},
+        {"name": "2024-01-01"},
+        {"name": "1e3"},
+        {"guard": {"spikes": "off"}},
+        {"sampling": {"interval": [0.2, None]}},
+        {"optim": {"lr": 1e-7}},
+    ],
 )
 def test_awkward_values_survive_being_written(changes: dict[str, Any]) -> None:
     config = from_resolved(LEAST | changes, "here")
@@ -263,7 +279,15 @@ def test_every_slot_takes_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "sampling.grid": "all_mine:grid",
     }
     assert set(own) == set(SLOTS)
-    rest = ["optim.kind=all_mine:optimizer", "optim.options={weight_decay: 0.1}", "name=own", "steps=2", "batch=2", "validate.holdout=0", "samples.every=0"]
+    rest = [
+        "optim.kind=all_mine:optimizer",
+        "optim.options={weight_decay: 0.1}",
+        "name=own",
+        "steps=2",
+        "batch=2",
+        "validate.holdout=0",
+        "samples.every=0",
+    ]
     config = load_config("tiny", [f"{key}={value}" for key, value in own.items()] + rest).config
 
     from sfumato.pipeline import load

@@ -58,7 +58,9 @@ def test_a_broken_torchvision_is_named_with_its_own_words(tmp_path: Path, monkey
     assert "torchvision" not in sys.modules  # looked at from outside: here it would break imports
 
 
-def test_a_torchvision_that_crashes_the_interpreter_is_survived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torchvision_that_crashes_the_interpreter_is_survived(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     finding = torchvision(tmp_path, "import os; os.abort()", monkeypatch)
     assert finding.state == "warning" and finding.seen.startswith("broken: ")
 
@@ -111,7 +113,9 @@ class Words(Conditioner):
         self.alike = alike
 
     def forward(self, raw: Sequence[Raw]) -> Cond:
-        rows = [[v / 127.5 - 1 for v in COLOURS[str(one["caption"])]] if one.get("caption") else [0.0] * 3 for one in raw]
+        rows = [
+            [v / 127.5 - 1 for v in COLOURS[str(one["caption"])]] if one.get("caption") else [0.0] * 3 for one in raw
+        ]
         context = torch.tensor(rows)[:, None]
         told = self.alike * torch.ones_like(context) + (1 - self.alike) * context
         return {"context": told if self.alike else context}
@@ -143,7 +147,13 @@ class Case(NamedTuple):
 def case(tmp_path: Path) -> Any:
     """A run on a folder of flat colours, class by class, and a model that listens so far."""
 
-    def made(share: float, until: float = 1.0, alike: float = 0.0, conditioner: bool = True, words: Sequence[str] = tuple(COLOURS)) -> Case:
+    def made(
+        share: float,
+        until: float = 1.0,
+        alike: float = 0.0,
+        conditioner: bool = True,
+        words: Sequence[str] = tuple(COLOURS),
+    ) -> Case:
         pictures = tmp_path / "pictures"
         for word in words:
             (pictures / word).mkdir(parents=True)
@@ -151,7 +161,11 @@ def case(tmp_path: Path) -> Any:
                 Pillow.new("RGB", (8, 8), COLOURS[word]).save(pictures / word / f"{i}.png")
         (tmp_path / "config.yaml").write_text(f"data: {{kind: folder, path: '{pictures}', size: 8}}\n")
         denoiser = Denoiser(Listener(share, until), Linear(), X0)
-        spec = {"model": {}, "size": [8, 8], "sampling": {"sampler": "ddim", "grid": "linear", "steps": 1, "guidance": 1.0}}
+        spec = {
+            "model": {},
+            "size": [8, 8],
+            "sampling": {"sampler": "ddim", "grid": "linear", "steps": 1, "guidance": 1.0},
+        }
         model = Model(denoiser, Words(alike) if conditioner else None, Pixels(), spec)
         return Case(tmp_path, Pipeline(model, "cpu"))
 
@@ -198,7 +212,9 @@ def test_captions_that_are_all_the_same_are_told(case: Any) -> None:
 def test_weights_that_are_no_numbers_end_the_examination(case: Any) -> None:
     findings = of_run(*case(float("nan")))
     assert [one.name for one in findings] == ["weights"]
-    assert findings[0].state == "fault" and "net.share" in findings[0].seen and "earlier checkpoint" in findings[0].advice
+    assert (
+        findings[0].state == "fault" and "net.share" in findings[0].seen and "earlier checkpoint" in findings[0].advice
+    )
 
 
 def test_a_model_without_conditions_has_nothing_to_listen_to(case: Any) -> None:
@@ -224,9 +240,19 @@ def test_a_model_alone_does_not_tell_its_data(case: Any) -> None:
         ({1.0: 0.40, 2.0: 0.60, 4.0: 0.65, 7.0: 0.60}, 2.0, "ok", ""),  # within chance of the best
         ({1.0: 0.40, 2.0: 0.60, 4.0: 0.65, 7.0: 0.50}, 7.0, "warning", "sampling.guidance=4 follows prompts better"),
         ({1.0: 0.40, 2.0: 0.60, 4.0: 0.65, 7.0: 0.50}, 1.0, "warning", "sampling.guidance=4 follows prompts better"),
-        ({1.0: 0.40, 2.0: 0.41, 4.0: 0.30, 7.0: 0.10}, 2.0, "warning", "guidance does not help: is condition_dropout above 0?"),
+        (
+            {1.0: 0.40, 2.0: 0.41, 4.0: 0.30, 7.0: 0.10},
+            2.0,
+            "warning",
+            "guidance does not help: is condition_dropout above 0?",
+        ),
         ({1.0: 0.97, 2.0: 0.98, 4.0: 0.98, 7.0: 0.90}, 2.0, "ok", ""),  # no help needed
-        ({1.0: 0.00, 2.0: 0.02, 4.0: 0.00, 7.0: 0.00}, 2.0, "warning", "no scale makes it follow prompts yet: train longer"),
+        (
+            {1.0: 0.00, 2.0: 0.02, 4.0: 0.00, 7.0: 0.00},
+            2.0,
+            "warning",
+            "no scale makes it follow prompts yet: train longer",
+        ),
     ],
 )
 def test_the_response_to_guidance(scores: dict[float, float], used: float, state: str, advice: str) -> None:

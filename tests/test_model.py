@@ -60,12 +60,22 @@ def spec(net: Any = None, **model: Any) -> dict[str, Any]:
         "codec": {"kind": "pixels"},
         "conditioner": {"kind": "prompts", "dim": 8, "depth": 1, "heads": 2, "length": 4},
     }
-    return {"model": section | model, "size": [8, 12], "sampling": {"sampler": "ddim", "grid": "linear", "steps": 2, "guidance": 2.0}}
+    return {
+        "model": section | model,
+        "size": [8, 12],
+        "sampling": {"sampler": "ddim", "grid": "linear", "steps": 2, "guidance": 2.0},
+    }
 
 
 def test_the_network_is_told_of_prompts_and_pictures() -> None:
     config = build_model(spec(), Captions()).net.config  # type: ignore[union-attr]
-    assert (config.size, config.in_channels, config.context_dim, config.pooled_dim, config.classes) == ((8, 12), 3, 8, 8, 0)
+    assert (config.size, config.in_channels, config.context_dim, config.pooled_dim, config.classes) == (
+        (8, 12),
+        3,
+        8,
+        8,
+        0,
+    )
 
 
 def test_the_network_is_told_of_classes() -> None:
@@ -106,7 +116,9 @@ def test_vocabulary_comes_from_data_or_from_files() -> None:
     assert isinstance(again.conditioner, Prompts)
     assert again.conditioner.words == first.conditioner.words
     assert set(first.conditioner.words) > {"a", "red", "blue", "circle"}
-    assert {name: w.shape for name, w in again.weights().items()} == {name: w.shape for name, w in first.weights().items()}
+    assert {name: w.shape for name, w in again.weights().items()} == {
+        name: w.shape for name, w in first.weights().items()
+    }
 
 
 def test_every_weight_has_one_name() -> None:

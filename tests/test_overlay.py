@@ -120,8 +120,32 @@ def test_values_mean_what_people_mean(text: str, value: Any) -> None:
     assert found == value and type(found) is type(value)
 
 
-words = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc", "Zl", "Zp"]), max_size=12) | st.sampled_from(
-    ["1e3", "1E-3", "off", "no", "true", "null", "2024-01-01", "1_0", ".5", "0x1f", "1:30", "", "~", "=", "<<", "- a", "a: b", "#", " x ", "two\nlines", "a: \n\n- b\n"]
+words = st.text(
+    st.characters(codec="utf-8", exclude_categories=["Cs", "Cc", "Zl", "Zp"]), max_size=12
+) | st.sampled_from(
+    [
+        "1e3",
+        "1E-3",
+        "off",
+        "no",
+        "true",
+        "null",
+        "2024-01-01",
+        "1_0",
+        ".5",
+        "0x1f",
+        "1:30",
+        "",
+        "~",
+        "=",
+        "<<",
+        "- a",
+        "a: b",
+        "#",
+        " x ",
+        "two\nlines",
+        "a: \n\n- b\n",
+    ]
 )
 plain = st.recursive(
     words | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False) | st.booleans() | st.none(),
@@ -145,19 +169,30 @@ def test_what_is_written_is_read_as_the_same(raw: dict[str, Any]) -> None:
 def test_mappings_are_merged_and_the_rest_replaced() -> None:
     below = {"optim": {"lr": 1, "kind": "adamw"}, "ema": [{"decay": 0.9}, {"decay": 0.5}], "steps": 3}
     above = {"optim": {"lr": 2}, "ema": [{"decay": 0.1}], "batch": 1}
-    assert merged(below, above) == {"optim": {"lr": 2, "kind": "adamw"}, "ema": [{"decay": 0.1}], "steps": 3, "batch": 1}
+    assert merged(below, above) == {
+        "optim": {"lr": 2, "kind": "adamw"},
+        "ema": [{"decay": 0.1}],
+        "steps": 3,
+        "batch": 1,
+    }
     assert below["optim"] == {"lr": 1, "kind": "adamw"}  # untouched
 
 
 def test_a_slot_that_changes_its_kind_keeps_what_the_new_one_has() -> None:
     below = {"data": {"kind": "scenes", "size": 64, "seed": 3, "count": 10}}
-    assert merged(below, {"data": {"kind": "folder", "path": "x"}})["data"] == {"kind": "folder", "size": 64, "path": "x"}
+    assert merged(below, {"data": {"kind": "folder", "path": "x"}})["data"] == {
+        "kind": "folder",
+        "size": 64,
+        "path": "x",
+    }
     assert merged(below, {"data": "folder"})["data"] == {"kind": "folder", "size": 64}
     assert merged(below, {"data": {"seed": 4}})["data"] == {"kind": "scenes", "size": 64, "seed": 4, "count": 10}
     assert merged(below, {"data": "scenes"})["data"] == below["data"]  # the same kind loses nothing
     assert merged({"data": "scenes"}, {"data": {"size": 48}})["data"] == {"kind": "scenes", "size": 48}
     assert merged(below, {"data": {"kind": "mine:Data"}})["data"] == {"kind": "mine:Data"}  # not known what it has
-    assert merged({"model": {"conditioner": {"kind": "prompts", "dim": 3}}}, {"model": {"conditioner": None}})["model"] == {"conditioner": None}
+    assert merged({"model": {"conditioner": {"kind": "prompts", "dim": 3}}}, {"model": {"conditioner": None}})[
+        "model"
+    ] == {"conditioner": None}
 
 
 def test_nested_slots_change_their_kind_too() -> None:
@@ -178,7 +213,9 @@ def test_a_recipe_on_ones_own_folder(tmp_path: Path) -> None:
 def test_the_command_line_wins_and_the_last_of_it(tmp_path: Path) -> None:
     source = write(tmp_path / "a.yaml", "extends: tiny\nsteps: 5\n")
     assert load_config(source, ["steps=6", "steps=7", "optim.lr=2e-3"]).config.steps == 7
-    config = load_config(source, ["model.conditioner=null", "samples.prompts=[a red circle, 'b, c']", "name=x=y"[:6]]).config
+    config = load_config(
+        source, ["model.conditioner=null", "samples.prompts=[a red circle, 'b, c']", "name=x=y"[:6]]
+    ).config
     assert config.model.conditioner is None and config.samples.prompts == ["a red circle", "b, c"]
     assert load_config(source, ["data.path=a=b", "data.kind=folder"]).config.data["path"] == "a=b"
 
@@ -252,4 +289,13 @@ def test_origins_are_kept_for_what_was_set() -> None:
     assert loaded.origins["optim.lr"] == "recipe quickstart"
     assert "accumulate" not in loaded.origins
     known = set(leaves(resolved(loaded.config)))
-    assert {key for key in loaded.origins if not any(leaf == key or leaf.startswith(f"{key}.") for leaf in known)} <= {"name", "model.path", "model.prediction", "model.time_input", "objective.times", "objective.weight", "sampling.sampler", "sampling.grid"}
+    assert {key for key in loaded.origins if not any(leaf == key or leaf.startswith(f"{key}.") for leaf in known)} <= {
+        "name",
+        "model.path",
+        "model.prediction",
+        "model.time_input",
+        "objective.times",
+        "objective.weight",
+        "sampling.sampler",
+        "sampling.grid",
+    }

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from oracles import SHAPES, gaussian_like
 from torch import Tensor
 
+from oracles import SHAPES, gaussian_like
 from sfumato.errors import ConfigError
 from sfumato.paths import (
     Cosine,

@@ -135,7 +135,7 @@ class Config(Section):
     steps: Positive
     batch: Positive = 32
     accumulate: Positive = 1
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"  # auto: bf16 where the device has its arithmetic
     device: str = "auto"
     compile: bool = False
     checkpointing: bool = False

@@ -66,7 +66,7 @@ def test_a_folder_without_captions_is_told_of_and_no_fault(sfumato: Command, pic
 def test_classes_are_listed(sfumato: Command, tmp_path: Path) -> None:
     for name in ("fox", "badger"):
         (tmp_path / "zoo" / name).mkdir(parents=True)
-        Pillow.new("RGB", (8, 8), name == "fox" and "red" or "grey").save(tmp_path / "zoo" / name / "a.png")
+        Pillow.new("RGB", (8, 8), (name == "fox" and "red") or "grey").save(tmp_path / "zoo" / name / "a.png")
     assert "classes     2: badger, fox" in sfumato("data", "check", "zoo").out
 
 
@@ -122,7 +122,9 @@ def test_a_preview_shows_what_training_sees(sfumato: Command, pictures: Path, tm
     assert again.out == "preview.png\n"
     assert np.array_equal(np.asarray(Pillow.open(tmp_path / "preview.png")), first)
     other = sfumato("data", "preview", "pictures", "--size", "64", "-n", "6", "--seed", "1", "--json").data
-    assert other["captions"] != outcome.data["captions"] or not np.array_equal(np.asarray(Pillow.open("preview.png")), first)
+    assert other["captions"] != outcome.data["captions"] or not np.array_equal(
+        np.asarray(Pillow.open("preview.png")), first
+    )
 
 
 def test_a_preview_of_all_and_of_scenes(sfumato: Command, pictures: Path) -> None:

@@ -21,7 +21,22 @@ def run(tiny_run: Path, tmp_path: Path) -> Path:
 
 
 def test_scores_for_programs(sfumato: Command, run: Path) -> None:
-    outcome = sfumato("eval", run, *FEW, "--json", "--guidance", "2", "--sampler", "ddim", "--times", "karras", "--seed", "3", "--batch", "5")
+    outcome = sfumato(
+        "eval",
+        run,
+        *FEW,
+        "--json",
+        "--guidance",
+        "2",
+        "--sampler",
+        "ddim",
+        "--times",
+        "karras",
+        "--seed",
+        "3",
+        "--batch",
+        "5",
+    )
     assert outcome.code == 0, outcome.err
     scores = outcome.data
     assert scores["suite"] == "scenes" and 0 <= scores["low"] <= scores["overall"] <= scores["high"] <= 1
@@ -30,7 +45,13 @@ def test_scores_for_programs(sfumato: Command, run: Path) -> None:
         assert all(one["n"] == n and one["low"] <= one["score"] <= one["high"] for one in part.values())
     assert scores["images"] == 18
     said = scores["settings"]
-    assert (said["guidance"], said["sampler"], said["grid"], said["steps"], said["seed"]) == (2.0, "ddim", "karras", 1, 3)
+    assert (said["guidance"], said["sampler"], said["grid"], said["steps"], said["seed"]) == (
+        2.0,
+        "ddim",
+        "karras",
+        1,
+        3,
+    )
     assert json.loads((run / "eval" / "scenes.json").read_text()) == scores
     for task in TASKS:
         assert Pillow.open(run / "eval" / f"{task}.png").width > 128
@@ -80,7 +101,9 @@ def test_a_model_without_conditions_is_not_judged(sfumato: Command) -> None:
     ],
     ids=str,
 )
-def test_what_cannot_be_judged(sfumato: Command, run: Path, tmp_path: Path, words: list[str], code: int, parts: list[str]) -> None:
+def test_what_cannot_be_judged(
+    sfumato: Command, run: Path, tmp_path: Path, words: list[str], code: int, parts: list[str]
+) -> None:
     (tmp_path / "a_file").touch()
     told(sfumato("eval", run, "--device", "cpu", *words), code, *parts)
 

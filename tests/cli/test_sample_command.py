@@ -52,7 +52,18 @@ def test_prompts_come_from_a_file_too(sfumato: Command, run: Path, tmp_path: Pat
 
 
 def test_results_for_programs_are_what_the_pictures_say(sfumato: Command, run: Path, tmp_path: Path) -> None:
-    words = ("--sampler", "ddim", "--times", "karras", "--guidance", "2", "--negative", "a blue square", "--precision", "bf16")
+    words = (
+        "--sampler",
+        "ddim",
+        "--times",
+        "karras",
+        "--guidance",
+        "2",
+        "--negative",
+        "a blue square",
+        "--precision",
+        "bf16",
+    )
     outcome = sfumato("sample", run, "a cross", *words, "--out", "else/where", "--grid", "--json", *FAST)
     [one], grid = outcome.data["pictures"], outcome.data["grid"]
     assert grid == "else/where/grid-0000.png" and (tmp_path / grid).is_file()
@@ -132,7 +143,10 @@ def test_a_model_that_draws_no_numbers_is_told(sfumato: Command, run: Path) -> N
     from sfumato import files
 
     weights = load_file(run / "model" / "model.safetensors")
-    save_file({name: torch.full_like(value, float("nan")) for name, value in weights.items()}, run / "model" / "model.safetensors")
+    save_file(
+        {name: torch.full_like(value, float("nan")) for name, value in weights.items()},
+        run / "model" / "model.safetensors",
+    )
     files.seal(run / "model")
     told(sfumato("sample", run, "a cross", *FAST), 4, "not finite numbers")
     told(sfumato("eval", run, "--per-task", "1", "--held-out", "0", *FAST), 4, "not finite numbers")

@@ -73,11 +73,23 @@ def test_resuming_by_the_recipes_name(sfumato: Command) -> None:
 @pytest.mark.parametrize("word", ["runs/nope", "mine", "."])
 def test_a_run_that_is_not_there_cannot_be_resumed(sfumato: Command, word: str) -> None:
     assert sfumato("train", "tiny", *QUICK, "name=mine").code == 0
-    told(sfumato("train", "--resume", word), 2, "there is no run to resume", f"where  {word}\n", "sfumato train --resume runs/mine")
+    told(
+        sfumato("train", "--resume", word),
+        2,
+        "there is no run to resume",
+        f"where  {word}\n",
+        "sfumato train --resume runs/mine",
+    )
 
 
 def test_resuming_what_was_never_begun(sfumato: Command) -> None:
-    told(sfumato("train", "tiny", *QUICK, "--resume"), 2, "there is no run to resume", "no checkpoints", "leave --resume out")
+    told(
+        sfumato("train", "tiny", *QUICK, "--resume"),
+        2,
+        "there is no run to resume",
+        "no checkpoints",
+        "leave --resume out",
+    )
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(sfumato: Command, tmp_path: Path) -> None:

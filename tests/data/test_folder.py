@@ -37,7 +37,9 @@ def caught(path: Path, kind: type[Exception] = DataError, **options: Any) -> Any
 
 def captions(path: Path, **options: Any) -> dict[str, object]:
     folder = Folder(str(path), size=16, **options)
-    return {str(Path(str(one["file"])).relative_to(path)): one.get("caption") for one in folder.batch(range(len(folder)))[1]}
+    return {
+        str(Path(str(one["file"])).relative_to(path)): one.get("caption") for one in folder.batch(range(len(folder)))[1]
+    }
 
 
 # pictures
@@ -75,7 +77,9 @@ def test_dark_sixteen_bits_stay_dark(tmp_path: Path) -> None:
     assert fitted(tmp_path / "a.png", (16, 16)).max() == 0
 
 
-@pytest.mark.parametrize(("white", "dtype"), [(1.0, np.float32), (255.0, np.float32), (255, np.int32), (65535, np.int32)])
+@pytest.mark.parametrize(
+    ("white", "dtype"), [(1.0, np.float32), (255.0, np.float32), (255, np.int32), (65535, np.int32)]
+)
 def test_whatever_white_is_called_it_is_white(tmp_path: Path, white: float, dtype: type) -> None:
     values = np.zeros((16, 16), dtype)
     values[:, 8:] = white
@@ -101,7 +105,12 @@ def test_a_palette_with_a_transparent_colour_lies_on_white(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("mode", "colour", "seen"),
-    [("CMYK", (0, 255, 255, 0), (255, 0, 0)), ("L", 77, (77, 77, 77)), ("1", 1, (255, 255, 255)), ("LA", (10, 255), (10, 10, 10))],
+    [
+        ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
+        ("L", 77, (77, 77, 77)),
+        ("1", 1, (255, 255, 255)),
+        ("LA", (10, 255), (10, 10, 10)),
+    ],
 )
 def test_other_modes_are_colour(tmp_path: Path, mode: str, colour: Any, seen: tuple[int, int, int]) -> None:
     save(tmp_path / "a.tif", colour, mode=mode)
@@ -129,7 +138,9 @@ def test_every_format_is_found_whatever_the_case(tmp_path: Path, suffix: str) ->
 
 
 def test_a_picture_is_its_first_frame(tmp_path: Path) -> None:
-    Pillow.new("RGB", (16, 16), RED).save(tmp_path / "a.gif", save_all=True, append_images=[Pillow.new("RGB", (16, 16), BLUE)])
+    Pillow.new("RGB", (16, 16), RED).save(
+        tmp_path / "a.gif", save_all=True, append_images=[Pillow.new("RGB", (16, 16), BLUE)]
+    )
     assert np.abs(fitted(tmp_path / "a.gif", (16, 16)).astype(int) - RED).max() <= 2
 
 
@@ -138,7 +149,9 @@ def test_mirroring_doubles_the_pictures(tmp_path: Path) -> None:
         halves().save(tmp_path / f"{name}.png")
     folder = Folder(str(tmp_path), size=16, mirror=True)
     assert len(folder) == 4
-    assert np.array_equal(folder[2].image, folder[0].image[:, ::-1]) and not np.array_equal(folder[0].image, folder[2].image)
+    assert np.array_equal(folder[2].image, folder[0].image[:, ::-1]) and not np.array_equal(
+        folder[0].image, folder[2].image
+    )
     assert folder[3].fields == folder[1].fields
     with pytest.raises(IndexError):
         folder[4]
@@ -194,7 +207,11 @@ def test_class_folders_are_labels_and_captions(tmp_path: Path) -> None:
         save(tmp_path / name)
     folder = Folder(str(tmp_path), size=16)
     assert folder.classes == ("badger", "red_fox")
-    assert [(one["label"], one["caption"]) for one in folder.batch(range(3))[1]] == [(0, "badger"), (1, "red fox"), (1, "red fox")]
+    assert [(one["label"], one["caption"]) for one in folder.batch(range(3))[1]] == [
+        (0, "badger"),
+        (1, "red fox"),
+        (1, "red fox"),
+    ]
     save(tmp_path / "loose.png")
     assert Folder(str(tmp_path), size=16).classes == ()
 
@@ -212,8 +229,17 @@ def test_where_captions_come_from_can_be_said(tmp_path: Path) -> None:
     save(tmp_path / "fox" / "a.png")
     (tmp_path / "fox" / "a.txt").write_text("beside")
     (tmp_path / "metadata.csv").write_text("file_name,text\nfox/a.png,in the table\n")
-    found = {source: captions(tmp_path, captions_from=source)["fox/a.png"] for source in ("auto", "metadata", "sidecar", "class", "none")}
-    assert found == {"auto": "in the table", "metadata": "in the table", "sidecar": "beside", "class": "fox", "none": None}
+    found = {
+        source: captions(tmp_path, captions_from=source)["fox/a.png"]
+        for source in ("auto", "metadata", "sidecar", "class", "none")
+    }
+    assert found == {
+        "auto": "in the table",
+        "metadata": "in the table",
+        "sidecar": "beside",
+        "class": "fox",
+        "none": None,
+    }
     (tmp_path / "metadata.csv").unlink()
     assert captions(tmp_path)["fox/a.png"] == "beside"
     assert "no captions in metadata" in str(caught(tmp_path, captions_from="metadata"))
@@ -258,14 +284,26 @@ def test_what_can_be_seen_to_be_broken_is_named(broken: Path) -> None:
     error = caught(broken)
     assert error.what == "4 of 8 pictures cannot be used"
     assert error.fix == "data.unreadable=skip, or remove them"
-    for part in ("empty.png: the file is empty", "text.jpg: not a picture", "gone.png: No such file", "words.txt, is not UTF-8"):
+    for part in (
+        "empty.png: the file is empty",
+        "text.jpg: not a picture",
+        "gone.png: No such file",
+        "words.txt, is not UTF-8",
+    ):
         assert part in error.seen
 
 
 def test_broken_pictures_are_left_out_however_broken(broken: Path) -> None:
     folder = Folder(str(broken), size=16, unreadable="skip")
     assert [entry.path.name for entry in folder.entries] == ["also.jpg", "good.png"]
-    assert sorted(path.name for path, _ in folder.found[1]) == ["empty.png", "gone.png", "half.jpg", "half.png", "text.jpg", "words.png"]
+    assert sorted(path.name for path, _ in folder.found[1]) == [
+        "empty.png",
+        "gone.png",
+        "half.jpg",
+        "half.png",
+        "text.jpg",
+        "words.png",
+    ]
     assert folder.batch([0, 1])[0].shape == (2, 16, 16, 3)
 
 
@@ -287,7 +325,9 @@ def test_heads_that_lie_are_faults_and_no_crash(tmp_path: Path, whole: bool) -> 
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0))
-    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
+    (tmp_path / "bomb.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    )
     said = fault(tmp_path / "bomb.png", whole=whole)
     assert said is not None and "decompression bomb" in said
 
@@ -322,7 +362,9 @@ def test_folders_that_are_not_there_or_hold_no_pictures(tmp_path: Path) -> None:
         ("metadata.jsonl", b"\xff\xfe{", "metadata.jsonl", "cannot be read"),
     ],
 )
-def test_faults_of_metadata_are_told_by_line(tmp_path: Path, name: str, content: str | bytes, where: str, what: str) -> None:
+def test_faults_of_metadata_are_told_by_line(
+    tmp_path: Path, name: str, content: str | bytes, where: str, what: str
+) -> None:
     save(tmp_path / "a.png")
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     error = caught(tmp_path)

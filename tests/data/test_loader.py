@@ -76,7 +76,9 @@ def test_what_is_held_out_is_never_given(n: int, holdout: int, seed: int) -> Non
         assert sorted(shown + held) == list(range(n))
 
 
-@pytest.mark.parametrize(("n", "asked", "held"), [(20, 10, 10), (20, 11, 2), (20, 512, 2), (9, 64, 0), (1, 1, 0), (1, 0, 0)])
+@pytest.mark.parametrize(
+    ("n", "asked", "held"), [(20, 10, 10), (20, 11, 2), (20, 512, 2), (9, 64, 0), (1, 1, 0), (1, 0, 0)]
+)
 def test_of_little_data_little_is_held_out(n: int, asked: int, held: int) -> None:
     loader = Loader(Numbers(n), 4, 0, workers=0, holdout=asked)
     assert (loader.holdout, loader.n) == (held, n - held)

@@ -19,7 +19,9 @@ def test_every_epoch_is_a_permutation(n: int, seed: int, epoch: int) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 400), seeds, epochs, st.data())
-def test_a_place_is_sent_to_the_same_sample_whatever_is_asked_with_it(n: int, seed: int, epoch: int, data: st.DataObject) -> None:
+def test_a_place_is_sent_to_the_same_sample_whatever_is_asked_with_it(
+    n: int, seed: int, epoch: int, data: st.DataObject
+) -> None:
     places = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=30))
     whole = permuted(np.arange(n), n, seed, epoch)
     assert permuted(np.array(places), n, seed, epoch).tolist() == whole[places].tolist()
@@ -37,7 +39,7 @@ def test_far_positions_of_huge_data_cost_nothing() -> None:
     n, position = 10**12 + 7, 10**15
     found = indices(position, 10_000, n, 3)
     assert len(set(found.tolist())) == 10_000
-    assert 0 <= found.min() and found.max() < n
+    assert found.min() >= 0 and found.max() < n
     assert found.max() > 0.99 * n  # spread over all of it
 
 

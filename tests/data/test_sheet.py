@@ -36,7 +36,9 @@ def test_small_pictures_are_magnified(side: int, scale: int) -> None:
     assert paper.shape[:2] == (side * scale + 2 * MARGIN,) * 2
 
 
-@pytest.mark.parametrize(("n", "height", "width"), [(1, 32, 32), (24, 32, 32), (7, 96, 32), (100, 32, 96), (3, 512, 512)])
+@pytest.mark.parametrize(
+    ("n", "height", "width"), [(1, 32, 32), (24, 32, 32), (7, 96, 32), (100, 32, 96), (3, 512, 512)]
+)
 def test_a_sheet_is_a_little_wider_than_high(n: int, height: int, width: int) -> None:
     paper = np.asarray(sheet(pictures(n, height, width)))
     if n >= 24:
@@ -60,7 +62,9 @@ def below(caption: str, columns: int = 2) -> tuple[np.ndarray, np.ndarray]:
     return text[:, : 96 + 2 * MARGIN], text[:, 96 + 2 * MARGIN :]
 
 
-@pytest.mark.parametrize("caption", ["a red circle", "word " * 40, "w" * 300, "short " + "w" * 100 + " short", "été 猫 ü " * 20])
+@pytest.mark.parametrize(
+    "caption", ["a red circle", "word " * 40, "w" * 300, "short " + "w" * 100 + " short", "été 猫 ü " * 20]
+)
 def test_captions_stay_below_their_own_picture(caption: str) -> None:
     own, other = below(caption)
     dark = (own < 120).all(2)

@@ -42,10 +42,19 @@ def test_pixels_and_settings_come_back_exactly(tmp_path: Path) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.dictionaries(st.text(min_size=1), st.text() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.none()), st.text())
-def test_any_settings_come_back_exactly(tmp_path_factory: pytest.TempPathFactory, extra: dict[str, object], prompt: str) -> None:
+@given(
+    st.dictionaries(
+        st.text(min_size=1), st.text() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.none()
+    ),
+    st.text(),
+)
+def test_any_settings_come_back_exactly(
+    tmp_path_factory: pytest.TempPathFactory, extra: dict[str, object], prompt: str
+) -> None:
     path, said = tmp_path_factory.mktemp("any") / "a.png", {**extra, "prompt": prompt}
-    said = {name: value for name, value in said.items() if name not in ("size", "model")}  # these have shapes of their own
+    said = {
+        name: value for name, value in said.items() if name not in ("size", "model")
+    }  # these have shapes of their own
     path.write_bytes(png(image(), said))
     assert read_settings(path) == said
 

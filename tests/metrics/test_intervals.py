@@ -50,7 +50,9 @@ def test_the_mean_of_shares_stays_within_0_and_1_and_narrows() -> None:
     assert widths[1:] == pytest.approx([width / 10 for width in widths[:-1]], rel=0.03)
 
 
-@pytest.mark.parametrize(("truth", "most"), [((0.1, 0.9), 0.975), ((0.5, 0.5), 0.955), ((0.02, 0.6), 0.965), ((0.97, 0.99), 1)])
+@pytest.mark.parametrize(
+    ("truth", "most"), [((0.1, 0.9), 0.975), ((0.5, 0.5), 0.955), ((0.02, 0.6), 0.965), ((0.97, 0.99), 1)]
+)
 def test_the_mean_is_covered_as_often_as_promised(truth: tuple[float, float], most: float) -> None:
     """Exactly, over every outcome of two tasks of 40 prompts. Where all shares are extreme it errs to the safe side."""
     n, mean = 40, sum(truth) / 2

@@ -31,7 +31,9 @@ class Taught(Prompts):
 class Painter:
     """A pipeline that paints each prompt, or what `instead` makes of it."""
 
-    def __init__(self, instead: Callable[[str], str | None] = lambda text: text, size: tuple[int, int] = (32, 32)) -> None:
+    def __init__(
+        self, instead: Callable[[str], str | None] = lambda text: text, size: tuple[int, int] = (32, 32)
+    ) -> None:
         self.instead, self.asked = instead, list[tuple[str, int]]()
         self.given: dict[str, Any] = {}
 
@@ -41,7 +43,9 @@ class Painter:
         self.model: Any = Model()
         self.model.size = size
 
-    def sample(self, texts: Sequence[str], *, seeds: Sequence[int], batch: int, progress: Any, **settings: Any) -> Samples:
+    def sample(
+        self, texts: Sequence[str], *, seeds: Sequence[int], batch: int, progress: Any, **settings: Any
+    ) -> Samples:
         self.asked = list(zip(texts, seeds, strict=True))
         self.given = {"batch": batch, "progress": progress, **settings}
         images = np.stack([self._painted(text, seed) for text, seed in self.asked])
@@ -92,9 +96,15 @@ def swapped(text: str) -> str:
 def test_the_nearly_right_is_wrong_in_its_own_task() -> None:
     report = judged(Painter(swapped))
     scores = report.as_dict()["tasks"]
-    assert {task: scores[task]["score"] for task in ("single", "colours", "two")} == dict.fromkeys(("single", "colours", "two"), 1.0)
+    assert {task: scores[task]["score"] for task in ("single", "colours", "two")} == dict.fromkeys(
+        ("single", "colours", "two"), 1.0
+    )
     assert scores["counting"]["score"] == scores["position"]["score"] == 0.0
-    alike = [one for one in report.judged if one.caption.task == "binding" and one.caption.phrases[0].shape == one.caption.phrases[1].shape]
+    alike = [
+        one
+        for one in report.judged
+        if one.caption.task == "binding" and one.caption.phrases[0].shape == one.caption.phrases[1].shape
+    ]
     assert all(one.hit == (one in alike) for one in report.judged if one.caption.task == "binding")
 
 
@@ -203,7 +213,9 @@ def test_a_real_pipeline_is_judged(tmp_path: Path) -> None:
     model = build_model({"model": section, "size": [32, 32], "sampling": sampling}, Scenes())
     told: list[tuple[int, int]] = []
     scores = [
-        evaluate(Pipeline(model, "cpu"), per_task=2, held_out=1, batch=5, progress=lambda *step: told.append(step)).as_dict()
+        evaluate(
+            Pipeline(model, "cpu"), per_task=2, held_out=1, batch=5, progress=lambda *step: told.append(step)
+        ).as_dict()
         for _ in range(2)
     ]
     once = told[: len(told) // 2]

@@ -8,8 +8,8 @@ import math
 
 import pytest
 import torch
-
 from bed import DETERMINISTIC, FIXED, PATHS, full_start, order, solved, truth
+
 from sfumato.catalogue import SAMPLERS
 
 SOLVERS = [name for name, line in FIXED.items() if line.order > 0]

@@ -16,9 +16,11 @@ import torch
 from sfumato import files
 from sfumato.config import Config
 from sfumato.errors import ConfigError, MemoryShortage
+from sfumato.model import pick_device
 from sfumato.overlay import as_yaml, resolved
 from sfumato.train import checkpoint
 from sfumato.train.run import Run
+from sfumato.train.step import pick_precision
 
 # What a run has written before its first checkpoint: another may begin over it.
 LOGS = {".lock", "config.yaml", "log.txt", "metrics.jsonl", "loss.png", "loss_by_noise.png"}
@@ -44,6 +46,8 @@ def train(config: Config, *, run: str | Path, resume: bool = False, stop_after: 
         _check_folder(folder, resume)  # again: another process may have trained here while this one waited
         for place in (folder, folder / "checkpoints", folder / "samples"):
             files.sweep(place)
+        precision = pick_precision(config.precision, pick_device(config.device))
+        config = config.model_copy(update={"precision": precision})  # so that the folder says what was meant
         with closing(Run(config, folder, resume)) as made:
             files.write_atomic(folder / "config.yaml", as_yaml(resolved(config)))
             return made.go(stopping, stop_after)

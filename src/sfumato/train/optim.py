@@ -11,7 +11,10 @@ from sfumato.catalogue import build
 from sfumato.config import Config
 from sfumato.train.muon import Muon
 
-OUTSIDE = ("patches", "head", "entry", "exit", "table", "place", "label", "time", "context", "pooled")
+OUTSIDE = (  # of Muon: what is no matrix between two hidden layers, and what acts on one summary a picture
+    *("patches", "head", "entry", "exit", "table", "place", "label", "time", "context", "pooled"),
+    *("modulation", "shared", "local", "nearby"),
+)
 
 
 def adamw(

@@ -12,10 +12,20 @@ from sfumato.config import Config
 from sfumato.data.loader import Batch
 from sfumato.data.picture import Image
 from sfumato.model import Model
+from sfumato.nets.layers import BF16_ARITHMETIC
 from sfumato.objectives import Loss, Objective
 from sfumato.train.keys import generator, key
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """The precision meant: "auto" is bf16 on devices that multiply it themselves, fp32 on others, which crawl."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if device.type == "cpu" and BF16_ARITHMETIC else "fp32"
 
 
 class Outcome(NamedTuple):

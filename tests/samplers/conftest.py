@@ -1,0 +1,9 @@
+"""One seed for every test of samplers."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
