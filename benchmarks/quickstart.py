@@ -8,6 +8,7 @@ time inside `train` counts. Curves of several names are kept in one file and dra
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -35,10 +36,8 @@ def learning_curve(recipe: str, overrides: list[str], folder: Path, points: int,
     part, rows, seconds = -(-config.steps // points), [], 0.0
     for i in range(points):
         started = time.perf_counter()
-        try:
+        with contextlib.suppress(Interrupted):
             train(config, run=folder, resume=i > 0, stop_after=part)
-        except Interrupted:
-            pass
         seconds += time.perf_counter() - started
         pipeline = load(folder)
         last = i == points - 1

@@ -117,7 +117,10 @@ def test_awkward_values_survive_being_written(changes: dict[str, Any]) -> None:
         ({"model": {}}, "model.net is missing"),
         ({"model": {"net": "dit", "path": "lineal"}}, "model.path is not known (seen: lineal)\n      try: linear"),
         ({"model": {"net": "nothing_here:Net"}}, "model.net cannot be found from here"),
-        ({"objective": {"kind": "denoising", "times": {"kind": "uniform", "low": "a"}}}, "objective.times.low should be float"),
+        (
+            {"objective": {"kind": "denoising", "times": {"kind": "uniform", "low": "a"}}},
+            "objective.times.low should be float",
+        ),
         ({"name": "a/b"}, "name should be letters, digits, spaces, dots and dashes, and no path"),
         ({"name": "../up"}, "name should be letters"),
         ({"name": ".hidden"}, "name should be letters"),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from oracles import SHAPES, Gaussian, gaussian_like
 from sfumato.denoiser import (
+    VARIANCE,
     Bound,
     Denoiser,
     as_index,
@@ -128,6 +129,46 @@ def test_a_copied_denoiser_answers_the_same_at_the_data() -> None:
     for prediction in PREDICTIONS:
         model = Denoiser(Recorder(), Cosine(), prediction)
         assert torch.equal(copy.deepcopy(model)(x, t), model(x, t))
+
+
+# answers that hold more
+
+
+class Doubled(nn.Module):
+    """A network with twice its input's channels: the input, and its negative."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return torch.cat([x, -x], 1)
+
+
+@predictions
+def test_a_learned_variance_comes_with_x0_when_it_is_asked_for(prediction: Prediction) -> None:
+    for shape in SHAPES:
+        x, path = torch.randn(shape), Cosine()
+        plain = Denoiser(Recorder(), path, prediction)
+        model = Denoiser(Doubled(), path, prediction, answers=("x0", VARIANCE))
+        assert torch.equal(model.predict(x, 0.4), plain.predict(x, 0.4))
+        assert torch.equal(model(x, 0.4), plain(x, 0.4))
+        x0, variance = model(x, 0.4, to=VARIANCE).chunk(2, 1)
+        assert torch.equal(x0, plain(x, 0.4)) and torch.equal(variance, -x)
+
+
+def test_channels_that_do_not_fit_the_answers_are_refused() -> None:
+    x = torch.randn(2, 3)
+    for model, seen in (
+        (Denoiser(Doubled(), Cosine(), V), "6 for 3"),
+        (Denoiser(Recorder(), Cosine(), V, answers=("x0", VARIANCE)), "3 for 3"),
+    ):
+        with pytest.raises(ConfigError, match="channels") as caught:
+            model(x, 0.4)
+        assert caught.value.seen == seen
+
+
+def test_another_path_passes_on_what_is_asked_for() -> None:
+    model = Denoiser(Doubled(), Cosine(), V, answers=("x0", VARIANCE))
+    there, x = on_path(model, Linear()), torch.randn(2, 3)
+    assert there.answers == model.answers
+    assert there(x, 0.4, to=VARIANCE).shape == (2, 6) and there(x, 0.4).shape == (2, 3)
 
 
 # times

@@ -71,8 +71,9 @@ def test_what_knows_names_and_configs_needs_no_torch(tmp_path: Path) -> None:
 import sys
 import sfumato.catalogue, sfumato.config, sfumato.data.folder, sfumato.data.scenes, sfumato.errors, sfumato.files
 import sfumato.overlay, sfumato.registry
-for name in sfumato.catalogue.KINDS:
-    list(sfumato.registry.check(next(iter(sfumato.catalogue.KINDS[name])), name, sfumato.catalogue.KINDS, name))
+for name, table in sfumato.catalogue.KINDS.items():
+    for kind in table:
+        list(sfumato.registry.check(kind, name, sfumato.catalogue.KINDS, name))
 sfumato.load_config("quickstart")
 print("torch" in sys.modules)
 """

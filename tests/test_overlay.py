@@ -109,12 +109,33 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("1e-3", 0.001), ("1E-3", 0.001), ("-2.5e+4", -25000.0), (".5e-1", 0.05), ("1.e2", 100.0), ("1e6", 10**6),
-        ("3", 3), ("0.1", 0.1), ("1_000", 1000), (".inf", float("inf")), ("1e", "1e"), ("e3", "e3"), ("1e400", float("inf")),
-        ("off", "off"), ("no", "no"), ("yes", "yes"), ("on", "on"), ("true", True), ("False", False), ("null", None), ("~", None),
-        ("2024-01-01", "2024-01-01"), ("a red circle", "a red circle"), ("'1e3'", "1e3"), ("[1e-3, off]", [0.001, "off"]),
+        ("1e-3", 0.001),
+        ("1E-3", 0.001),
+        ("-2.5e+4", -25000.0),
+        (".5e-1", 0.05),
+        ("1.e2", 100.0),
+        ("1e6", 10**6),
+        ("3", 3),
+        ("0.1", 0.1),
+        ("1_000", 1000),
+        (".inf", float("inf")),
+        ("1e", "1e"),
+        ("e3", "e3"),
+        ("1e400", float("inf")),
+        ("off", "off"),
+        ("no", "no"),
+        ("yes", "yes"),
+        ("on", "on"),
+        ("true", True),
+        ("False", False),
+        ("null", None),
+        ("~", None),
+        ("2024-01-01", "2024-01-01"),
+        ("a red circle", "a red circle"),
+        ("'1e3'", "1e3"),
+        ("[1e-3, off]", [0.001, "off"]),
     ],
-)  # fmt: skip
+)
 def test_values_mean_what_people_mean(text: str, value: Any) -> None:
     found = parse_yaml(text, "here")
     assert found == value and type(found) is type(value)

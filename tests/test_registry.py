@@ -192,6 +192,14 @@ def test_a_slot_names_something(slot: Any) -> None:
     assert problem.fix == "weight=flat"
 
 
+def test_a_table_may_be_empty() -> None:
+    """What only the user can bring has no names of ours."""
+    (problem,) = check(3, "Thing", {"Thing": {}}, "thing")
+    assert problem.fix == "thing=module:Name"
+    (problem,) = check("three", "Thing", {"Thing": {}}, "thing")
+    assert problem.what == "is not known"
+
+
 def test_an_unknown_kind_names_the_nearest() -> None:
     (problem,) = problems("minsnr")
     assert problem.where == "weight" and problem.seen == "minsnr"

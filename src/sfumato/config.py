@@ -115,10 +115,10 @@ class SamplingSection(Section):
     guidance: 1 is off. interval: noise levels (low, high] within which to guide; no high is no end.
     """
 
-    sampler: Slot = {"kind": "dpmpp_2m"}
-    grid: Slot = {"kind": "linear"}
+    sampler: Slot = {"kind": "ipndm", "variable": "angle"}
+    grid: Slot = {"kind": "logistic"}
     steps: Positive = 20
-    guidance: Annotated[float, Field(ge=0)] = 3.0
+    guidance: Annotated[float, Field(ge=0)] | Slot = 3.0
     interval: Interval | None = None
     rescale: Share = 0.0
 

@@ -223,7 +223,7 @@ def _guidance(pipeline: Pipeline, per_task: int) -> Finding | None:
         check(pipeline.model)
     except (ConfigError, DataError):
         return None
-    used = float(pipeline.model.spec["sampling"]["guidance"])
+    used = pipeline.settings().scale
     scores = {
         scale: evaluate(pipeline, per_task=per_task, held_out=0, guidance=scale).as_dict()["overall"]
         for scale in sorted({*SCALES, used})

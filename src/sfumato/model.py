@@ -20,8 +20,8 @@ class Model(nn.Module):
     """Everything that is needed to sample.
 
     spec: {"model": the section of the config, "size": [height, width], "sampling": recommended settings}, plain data;
-    `build_model` makes the same model of it. Weights are under `net.` and `conditioner.` (and `codec.` and `path.` where
-    they have any).
+    `build_model` makes the same model of it. Weights are under `net.` and `conditioner.` (and `codec.` and `path.`
+    where they have any).
     """
 
     def __init__(

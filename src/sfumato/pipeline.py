@@ -28,6 +28,7 @@ from sfumato.guidance import guided
 from sfumato.io.directory import load_model
 from sfumato.io.pictures import save_png, slug, unused
 from sfumato.model import Model, compile_net, pick_device
+from sfumato.nets.variants import variant
 from sfumato.paths import noised
 from sfumato.samplers import SeededNoise, Step, sample
 from sfumato.settings import Interval, Settings, is_whole
@@ -141,7 +142,7 @@ class Pipeline:
         steps: int | None = None,
         sampler: str | Mapping[str, Any] | None = None,
         grid: str | Mapping[str, Any] | None = None,
-        guidance: float | None = None,
+        guidance: float | str | Mapping[str, Any] | None = None,
         interval: Interval | None = None,
         rescale: float | None = None,
         negative: Prompt = None,
@@ -230,8 +231,14 @@ class Pipeline:
         noise, path = SeededNoise.of(order.seeds), self.model.denoiser.path
         with torch.inference_mode(), self._autocast():
             cond = self.model.cond(order.raw)
-            guide = order.settings.guide(cond, lambda: self._null(len(order.raw), order.negative))
-        x, denoise = noise(torch.empty(len(order.raw), *shape, device=self.device)), guided(self._forward, path, guide)
+            n = len(order.raw)
+            guide = order.settings.guide(
+                cond, lambda: self._null(n, order.negative), lambda prompt: self.model.cond([self._raw(prompt)] * n)
+            )
+        x, denoise = (
+            noise(torch.empty(len(order.raw), *shape, device=self.device)),
+            guided(self._forward, path, guide, times, self._variant),
+        )
         if order.begin is None:
             x = x * float(path.sigma(times[:1].to("cpu", torch.float64)))
         else:
@@ -256,6 +263,17 @@ class Pipeline:
             return x0
         except RuntimeError as error:
             raise self._explained(error, x) from error
+
+    def _variant(self, name: str) -> Callable[..., Tensor]:
+        """The forward of a variant of the network: a weaker one of itself."""
+        answer = variant(self.model.denoiser, name)
+
+        def forward(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+            with self._autocast():
+                x0: Tensor = answer(x, t, cond)
+            return x0
+
+        return forward
 
     def _explained(self, error: RuntimeError, x: Tensor) -> Exception:
         """A failure of the network as an error of the user's, where it is one."""

@@ -1,14 +1,14 @@
 """Settings: how to sample. What a model recommends, laid over by what is asked for, and checked whole."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
-from sfumato.catalogue import KINDS
+from sfumato.catalogue import KINDS, build
 from sfumato.denoiser import Cond
 from sfumato.errors import ConfigError
-from sfumato.guidance import CFG, Guidance, Unguided
+from sfumato.guidance import CFG, Guidance, Unguided, given
 from sfumato.registry import check
 
 Interval = tuple[float, float | None]  # noise levels sigma / alpha, (low, high]; no high is no end
@@ -16,12 +16,15 @@ Interval = tuple[float, float | None]  # noise levels sigma / alpha, (low, high]
 
 @dataclass(frozen=True)
 class Settings:
-    """How to sample. sampler, grid: names or slots. guidance: 1 is off. interval: noise levels (low, high]."""
+    """How to sample. sampler, grid: names or slots. guidance: a scale, of which 1 is off, or a slot of any guidance.
 
-    sampler: str | Mapping[str, Any] = "dpmpp_2m"
-    grid: str | Mapping[str, Any] = "linear"
+    interval: noise levels (low, high]; with rescale, for a scale: a slot has its own.
+    """
+
+    sampler: str | Mapping[str, Any] = field(default_factory=lambda: {"kind": "ipndm", "variable": "angle"})
+    grid: str | Mapping[str, Any] = "logistic"
     steps: int = 20
-    guidance: float = 1.0
+    guidance: float | str | Mapping[str, Any] = 1.0
     interval: Interval | None = None
     rescale: float = 0.0
 
@@ -33,7 +36,8 @@ class Settings:
                 seen=repr(self.steps),
                 fix="steps=20",
             )
-        if not (is_number(self.guidance) and 0 <= self.guidance < float("inf")):
+        slot = isinstance(self.guidance, (str, Mapping))
+        if not slot and not (is_number(self.guidance) and 0 <= float(self.guidance) < float("inf")):  # type: ignore[arg-type]
             raise ConfigError(
                 "a guidance scale is a number from 0; 1 is off",
                 where="guidance",
@@ -47,17 +51,26 @@ class Settings:
         if self.interval is not None:
             self._check_interval(self.interval)
         problems = [*check(self.sampler, "Sampler", KINDS, "sampler"), *check(self.grid, "Grid", KINDS, "grid")]
+        if slot:
+            problems += check(self.guidance, "Guidance", KINDS, "guidance")
         if problems:
             what = "; ".join(f"{one.where} {one.what}" for one in problems)
             first = problems[0]
             raise ConfigError(what, where=first.where, seen=first.seen, fix=first.fix)
 
-    def guide(self, cond: Cond, null: Callable[[], Cond]) -> Guidance:
-        """The guidance for a condition."""
+    @property
+    def scale(self) -> float:
+        """The guidance scale; of a slot, its `scale` if it has one."""
+        given = self.guidance.get("scale", 3.0) if isinstance(self.guidance, Mapping) else self.guidance
+        return 3.0 if isinstance(given, str) else float(given)
+
+    def guide(self, cond: Cond, null: Callable[[], Cond], read: Callable[[Any], Cond] | None = None) -> Guidance:
+        """The guidance for a condition. null: makes its absence; read: makes the condition of a further prompt."""
         if self.guidance == 1 or not cond:
             return Unguided(cond)
-        low, high = self.interval or (0.0, None)
-        return CFG(cond, null(), float(self.guidance), (low, float("inf") if high is None else high), self.rescale)
+        if isinstance(self.guidance, (str, Mapping)):
+            return given(build(self.guidance, "Guidance"), cond, null, read)
+        return CFG(cond, null(), float(self.guidance), self.interval or (0.0, None), self.rescale)
 
     def plain(self) -> dict[str, Any]:
         """As plain data; an endless interval has no number for its end."""
@@ -67,7 +80,7 @@ class Settings:
             "sampler": self.sampler,
             "grid": self.grid,
             "steps": int(self.steps),
-            "guidance": float(self.guidance),
+            "guidance": self.guidance if isinstance(self.guidance, (str, Mapping)) else float(self.guidance),
             "interval": None if self.interval is None else [float(low), None if unending else float(high or 0)],
             "rescale": float(self.rescale),
         }

@@ -1,4 +1,4 @@
-"""`sfumato train`: a folder of one's own, runs that exist, stop, break and go on, and everything that can be mistyped."""
+"""`sfumato train`: a folder of one's own, runs that exist, stop, break and go on, and all that can be mistyped."""
 
 import errno
 import hashlib
@@ -113,7 +113,7 @@ def test_a_disk_without_room_loses_nothing(sfumato: Command, tmp_path: Path, mon
     room = os.fsync
 
     def full(descriptor: int) -> None:
-        if "step-00000002" in os.readlink(f"/proc/self/fd/{descriptor}"):
+        if "step-00000002" in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         room(descriptor)
 

@@ -1,6 +1,7 @@
 """`sfumato sample`: pictures from a run or a model."""
 
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -16,14 +17,23 @@ def sample(
     n: int = typer.Option(1, "--n", "-n", min=1, help="Pictures of each prompt."),
     steps: int | None = typer.Option(None, "--steps", help="Steps of the sampler."),
     sampler: str | None = typer.Option(
-        None, "--sampler", help="ddim, ddpm, euler, heun, dpmpp_2m, or your own module:Name."
+        None,
+        "--sampler",
+        help="ddim, heun, unipc, ...: any of `sfumato bench samplers`, tuned, or your own module:Name.",
     ),
     times: str | None = typer.Option(None, "--times", help="The grid of times: linear, karras, shifted, ..."),
-    guidance: float | None = typer.Option(None, "--guidance", help="How strongly to follow the prompt; 1 is off."),
+    guidance: str | None = typer.Option(
+        None, "--guidance", help="How strongly to follow the prompt; 1 is off. Or a kind: '{kind: apg, scale: 4}'."
+    ),
     negative: str | None = typer.Option(None, "--negative", help="What to steer away from."),
     seed: int = typer.Option(0, "--seed", help="The first picture's seed; each next one adds 1."),
     file: Path | None = typer.Option(None, "--prompts", help="A file with a prompt on each line.", metavar="FILE"),
     grid: bool = typer.Option(False, "--grid", help="Also all pictures on one sheet."),
+    image: Path | None = typer.Option(None, "--image", help="A picture to start from."),
+    strength: float | None = typer.Option(
+        None, "--strength", help="How much of it may change, above 0 up to 1. [default: 0.6; 1 with a mask]"
+    ),
+    mask: Path | None = typer.Option(None, "--mask", help="A picture that is white where --image may change."),
     size: str | None = typer.Option(None, "--size", help="HEIGHTxWIDTH, where the network can.", metavar="HxW"),
     batch: int = typer.Option(64, "--batch", min=1, help="Pictures at a time."),
     folder: Path | None = typer.Option(None, "--out", help="Where to write. [default: RUN/pictures]"),
@@ -47,9 +57,12 @@ def sample(
         drawn = pipeline.sample(
             asked,
             steps=steps,
-            sampler=sampler,
-            grid=times,
-            guidance=guidance,
+            sampler=slot(sampler),
+            grid=slot(times),
+            guidance=slot(guidance),
+            image=image,
+            strength=strength,
+            mask=mask,
             negative=negative,
             seeds=seed,
             size=height_width,
@@ -68,6 +81,13 @@ def sample(
     for path in [*paths, *([sheet] if sheet else [])]:
         line(path)
     say(f"{len(paths)} picture{'s' * (len(paths) > 1)} in {place}")
+
+
+def slot(text: str | None) -> Any:
+    """An option that is a number, a name, or a mapping with `kind`, as in a configuration."""
+    from sfumato.overlay import parse_yaml
+
+    return None if text is None else parse_yaml(text, "the command line")
 
 
 def read_lines(file: Path) -> list[str]:

@@ -39,7 +39,7 @@ def tune_sampler(
         found = tune_model(
             pipeline, known, steps, batch=batch, guidance=guidance, iterations=iterations, seed=seed, progress=progress
         )
-    used = float(pipeline.settings(guidance=guidance).guidance)
+    used = pipeline.settings(guidance=guidance).scale
     path = save_tuned(model_folder(run), found, used)
     if json:
         as_json({"path": str(path), "error": found.error, "before": found.before, **found.settings()})

@@ -94,7 +94,7 @@ def ipndm(
     coefficients: Literal["exact", "published"] = "exact",
     start: Start = "ramp",
 ) -> Running:
-    """Improved PNDM (Zhang & Chen 2023, appendix): Adams-Bashforth, order 1 to 4, up to both ends of a path.
+    """Improved PNDM (Zhang & Chen 2023, appendix): Adams-Bashforth, order 1 (DDIM) to 4, up to both ends of a path.
 
     variable: see `Frame`; "auto" is the path's time if it is linear, and the angle else. coefficients: those of the
     grid, or the "published" ones of an even grid on any, which are of second order on an uneven one.
@@ -121,6 +121,9 @@ def adams_updates(
             updates.append(Update(table.t[i], 0.0, ddim_row(table, i, i + 1), starts[i]))
             continue
         nodes = range(i, i - min(order, past[i]), -1)
+        if len(nodes) == 1:
+            updates.append(Update(table.t[i], mix[i], _ddim_of_term(table, i, mix[i]), starts[i]))
+            continue
         if even:
             h = tau[i + 1] - tau[i]
             integrals = [h * c for c in lagrange_integrals([float(k - i) for k in nodes], 0.0, 1.0)]
@@ -129,3 +132,9 @@ def adams_updates(
         weights = [scale[i + 1] * slope[k] * c for k, c in zip(nodes, integrals, strict=True)]
         updates.append(Update(table.t[i], mix[i], Row(scale[i + 1] / scale[i], tuple(weights)), starts[i]))
     return updates
+
+
+def _ddim_of_term(table: Table, i: int, mix: float) -> Row:
+    """DDIM's step, for a term that holds some of x: a step of first order that is exact if x0 were constant."""
+    keep, (weight,) = ddim_row(table, i, i + 1)
+    return Row(keep - weight * mix, (weight,))

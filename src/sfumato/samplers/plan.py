@@ -2,8 +2,8 @@
 
 All of them do only this: ask at a state, keep a *term* x0 + mix * x of the answer and the state, and form the next
 state as a linear combination of an earlier one and the terms. One differs from another by the coefficients, which
-depend on the grid alone. So a sampler plans first, in plain floats, and then one of two loops runs the plan: single steps
-(Runge-Kutta: several questions a step, nothing kept) or multistep (one question a step, earlier terms kept).
+depend on the grid alone. So a sampler plans first, in plain floats, and then one of two loops runs the plan: single
+steps (Runge-Kutta: several questions a step, nothing kept) or multistep (one question a step, earlier terms kept).
 """
 
 import math

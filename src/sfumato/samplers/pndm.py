@@ -36,7 +36,9 @@ def pndm(path: Path, x: Tensor, times: Tensor, *, start: Literal["plms", "runge_
 
 
 def _pseudo_runge_kutta(path: Path, table: Table, i: int) -> SingleStep:
-    """The classical method's four noises and their mean, carried on by DDIM, not by tangents (Liu et al. 2022, eq. 13)."""
+    """The classical method's four noises and their mean, carried on by DDIM and not by tangents (Liu et al. 2022, eq.
+    13).
+    """
     t, s = table.t[i], table.t[i + 1]
     times = [t, (t + s) / 2, (t + s) / 2, s]
     frame = Frame.of(path, torch.tensor(times, dtype=torch.float64), "sigma")
