@@ -40,7 +40,7 @@ def run(folder: Path, script: str, *words: str) -> tuple[int, str, str, set[str]
         (["train", "--help"], 0, "RECIPE", ""),
         (["sample", "--help"], 0, "--steps", ""),
         (["recipes"], 0, "quickstart", ""),
-        (["train", "quickstart", "--print-config"], 0, "steps: 2000", ""),
+        (["train", "quickstart", "--print-config"], 0, "name: quickstart", ""),
         (["train", "nosuch"], 2, "", "no such recipe or file"),
         (["train", "quickstart", "steps=abc"], 2, "", "steps"),
         (["train", "quickstart", "model.net.dimm=3", "batch=0"], 2, "", "2 faults"),

@@ -65,14 +65,21 @@ class OptimSection(Section):
 
 
 class EMASection(Section):
-    """An average of the weights. With warm-up it forgets fast at first: decay = min(decay, (1 + n) / (10 + n))."""
+    """An average of the weights. With warm-up it forgets fast at first: decay = min(decay, (1 + n) / (10 + n)).
+
+    The first of several is validated, shown and written to `model/`; the others to `model-1/`, `model-2/`.
+    """
 
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
     warmup: bool = True
 
 
 class GuardSection(Section):
-    """What to do about gradients that are not finite, and about losses far out of line."""
+    """What to do about gradients that are not finite, and about losses far out of line.
+
+    nonfinite_limit: the run ends when so many steps in a row are skipped, for either reason. threshold: deviations
+    above the median of the last losses that make a spike.
+    """
 
     nonfinite_limit: Positive = 20
     spikes: Literal["off", "warn", "skip", "rollback"] = "warn"

@@ -61,6 +61,6 @@ def test_a_sample_comes_at_any_place_alike(n: int) -> None:
 def test_neighbours_are_torn_apart() -> None:
     n = 5000
     found = permuted(np.arange(n), n, 0, 0)
-    # Of two independent uniform places the distance is n/3 on average, with deviation n/sqrt(18), and here n - 1 of them.
+    # Of two independent uniform places the distance is n/3 on average, deviating by n/sqrt(18); here are n - 1 pairs.
     assert abs(np.abs(np.diff(found)).mean() - n / 3) < 5 * n / 18**0.5 / n**0.5
     assert abs(np.corrcoef(np.arange(n), found)[0, 1]) < 5 / n**0.5

@@ -9,24 +9,12 @@ from sfumato.config import Config
 from sfumato.overlay import load_config
 from sfumato.train.run import Run
 
-SMALL = (
-    "device=cpu",
-    "data.count=200",
-    "model.net={kind: dit, size: 32, patch: 8, dim: 16, depth: 2, heads: 2, skips: false}",
-    "model.conditioner={kind: prompts, dim: 16, depth: 1, heads: 2, length: 12}",
-    "steps=12",
-    "batch=4",
-    "optim.warmup=4",
-    "log.every=1",
-    "validate={every: 0, holdout: 0}",
-    "samples.every=0",
-    "checkpoint={every: 6, keep: 2}",
-)
+SMALL = Path(__file__).parent / "small.yaml"
 
 
 def small(*overrides: str) -> Config:
-    """The recipe `tiny`, still smaller and without pictures, with changes."""
-    return load_config("tiny", [*SMALL, *overrides]).config
+    """The configuration `small.yaml`, with changes."""
+    return load_config(str(SMALL), overrides).config
 
 
 @pytest.fixture

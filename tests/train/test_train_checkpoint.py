@@ -182,6 +182,16 @@ def test_another_version_is_refused(saved: Path, monkeypatch: pytest.MonkeyPatch
         checkpoint.load(saved / "step-00000020")
 
 
+@pytest.mark.parametrize(
+    ("text", "what"), [("{", "cannot be read"), ("[]", "another version"), ("{}", "another version")]
+)
+def test_a_state_that_is_none_is_refused(saved: Path, text: str, what: str) -> None:
+    (saved / "step-00000020/state.json").write_text(text)
+    files.seal(saved / "step-00000020")
+    with pytest.raises(CheckpointError, match=what):
+        checkpoint.load(saved / "step-00000020")
+
+
 def test_files_that_the_manifest_does_not_list_are_not_read(saved: Path) -> None:
     shutil.copy(saved / "step-00000010/model.safetensors", saved / "step-00000020/ema-1.safetensors")
     assert same(checkpoint.load(saved / "step-00000020"), state(20))

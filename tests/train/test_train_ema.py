@@ -1,6 +1,8 @@
 """Averages of the weights, against the formula worked out in float64."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ from torch import Tensor
 
 from sfumato.config import EMASection
 from sfumato.train.ema import EMA
+from sfumato.train.run import Run
+from sfumato.train.step import Outcome, Stepper
 
 
 def walk(steps: int, dtype: torch.dtype = torch.float64) -> list[dict[str, Tensor]]:
@@ -86,3 +90,26 @@ def test_averages_stand_in_for_the_weights_and_give_way_whatever_happens() -> No
         raise RuntimeError("a bug")
     assert all(torch.equal(w, old) for w, old in zip(weights, kept, strict=True))
     assert torch.equal(average.state()["net.a"], seen[0]["net.a"])
+
+
+def test_a_run_averages_after_every_update_and_counts_updates_only(
+    start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four steps, of which the second is skipped: three updates, with the decays of numbers 0, 1 and 2."""
+    run = start("ema=[{decay: 0.999}]")
+    gradients = Stepper.gradients
+
+    def struck(self: Stepper, batches: Any, step: int) -> Outcome:
+        outcome = gradients(self, batches, step)
+        return outcome._replace(loss=float("nan")) if step == 1 else outcome
+
+    monkeypatch.setattr(Stepper, "gradients", struck)
+    expected, seen = {name: p.detach().double() for name, p in run.weights.items()}, []
+    for _ in range(4):
+        run._advance()
+        seen.append({name: p.detach().double() for name, p in run.weights.items()})
+    for i, weights in enumerate([seen[0], seen[2], seen[3]]):
+        d = (1 + i) / (10 + i)
+        expected = {name: d * value + (1 - d) * weights[name] for name, value in expected.items()}
+    for name, value in run.averages[0].state().items():
+        assert torch.allclose(value.double(), expected[name], rtol=1e-5, atol=1e-6), name

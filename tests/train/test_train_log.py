@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,6 +61,13 @@ def test_lines_that_were_cut_off_are_left_out(tmp_path: Path, rest: str) -> None
     log.row({**ROW, "step": 2})
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
     assert (tmp_path / "metrics.jsonl").read_text().startswith(line)
+
+
+def test_a_broken_line_does_not_hide_what_follows(tmp_path: Path) -> None:
+    lines = [json.dumps({**ROW, "step": step}) for step in range(1, 5)]
+    lines[1] = lines[1][:9]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 3, 4]
 
 
 def test_rows_of_steps_that_will_be_done_again_are_dropped(tmp_path: Path) -> None:
@@ -119,6 +127,20 @@ def test_a_terminal_has_a_progress_line(tmp_path: Path) -> None:
     shown = said(log)
     assert "6/10" in shown and "loss 0.5000" in shown and "images/s" in shown and "step 6/10  loss" not in shown
     assert "step 6/10  loss 0.5000" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_row_that_fits_in_part_is_an_error_and_is_left_out_later(tmp_path: Path) -> None:
+    """The system writes what it can, and says only the next time that there is no room."""
+    log = Log(tmp_path, 0, 10, silent())
+    log.row({"step": 1, "validation": 1.0})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 9, before[1]))
+        with pytest.raises(MachineError, match="the disk is full"):
+            log.row({"step": 2, "validation": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [row["step"] for row in Log(tmp_path, 5, 10, silent()).rows] == [1]
 
 
 class Clock:

@@ -48,7 +48,7 @@ def test_validation_depends_on_the_weights_and_on_nothing_else(start: Start) -> 
 
 
 def test_validation_is_of_the_average_and_leaves_the_weights(start: Start) -> None:
-    run = start(HELD, "ema=[{decay: 0.99, warmup: false}]")
+    run = start(HELD, "ema=[{decay: 0.99, warmup: false}, {decay: 0.5}]")
     before = run.averages[0].state()["net.head.out.bias"].clone()
     for _ in range(3):
         run._advance()
@@ -57,6 +57,7 @@ def test_validation_is_of_the_average_and_leaves_the_weights(start: Start) -> No
     own = run.validation(run.stepper)
     with run._average_weights():
         assert not run.model.training
+        assert all(torch.equal(p, run.averages[0].state()[name]) for name, p in run.weights.items())
         average = run.validation(run.stepper)
     assert average != own and run.model.training
     assert all(torch.equal(p, weights[name]) for name, p in run.weights.items())

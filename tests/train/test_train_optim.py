@@ -44,8 +44,8 @@ def test_adamw_decays_matrices_only(start: Start) -> None:
     assert {"net.patches.weight", "net.head.out.weight", "net.blocks.0.feed.0.weight"} & inner
 
 
-DIT_IN = ("net.blocks.0.attention.", "net.blocks.1.feed.", "net.blocks.0.modulation.", "conditioner.blocks.0.")
-DIT_OUT = ("net.patches.", "net.head.", "net.context.", "net.label.")
+DIT_IN = ("net.blocks.0.attention.", "net.blocks.1.feed.", "conditioner.blocks.0.")
+DIT_OUT = ("net.patches.", "net.head.", "net.context.", "net.label.", "net.blocks.0.modulation.")
 UNET_IN = ("net.down.0.", "net.middle.0.", "net.up.0.", "conditioner.blocks.0.")
 UNET_OUT = ("net.entry.", "net.exit.")
 BOTH_OUT = ("net.time.", "net.pooled.", "conditioner.table.", "conditioner.place")

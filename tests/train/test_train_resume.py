@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image as Pillow
 
 from sfumato import files
 from sfumato.cli import main
+from sfumato.conditioners import Prompts
 from sfumato.config import Config
 from sfumato.errors import CheckpointError, ConfigError, Interrupted, MachineError, MemoryShortage
 from sfumato.io.directory import load_model
@@ -285,7 +287,7 @@ def test_a_run_that_exists_is_not_trained_over(small: Small, tmp_path: Path) -> 
     assert "--resume" in str(caught.value) and bytes_of(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", ["model", "thesis.odt", "config.toml"])
+@pytest.mark.parametrize("name", ["model", "thesis.odt", "config.yaml"])
 def test_a_folder_with_other_things_is_left_alone(small: Small, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("years of work")
     with pytest.raises(ConfigError, match="holds other things") as caught:
@@ -355,12 +357,24 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_model_makes_the_model(
     assert all(after[name] == before[name] for name in before if name.startswith(("model/", "checkpoints/", "metrics")))
 
 
-def test_the_words_are_those_of_the_checkpoint(start: Callable[..., Run], small: Small, tmp_path: Path) -> None:
+def test_the_words_are_those_of_the_checkpoint(small: Small, tmp_path: Path) -> None:
     """A folder that has gained captions must not renumber the words that were learned."""
-    stopped(small(), tmp_path / "run", 1)
+
+    def add(name: str, caption: str) -> None:
+        Pillow.new("RGB", (32, 32), "red").save(tmp_path / f"pictures/{name}.png")
+        (tmp_path / f"pictures/{name}.txt").write_text(caption)
+
+    (tmp_path / "pictures").mkdir()
+    for i in range(4):
+        add(str(i), "a red square")
+    config = small(f"data={{kind: folder, path: {tmp_path / 'pictures'}}}")
+    stopped(config, tmp_path / "run", 1)
     words = load_model(tmp_path / "run/model").conditioner
-    fewer = start("data.count=3", resume=True).model.conditioner
-    assert fewer is not None and words is not None and fewer.files() == words.files()
+    add("4", "an apple, before all other words")
+    stopped(config, tmp_path / "run", 1, resume=True)
+    after = load_model(tmp_path / "run/model").conditioner
+    assert isinstance(words, Prompts) and isinstance(after, Prompts)
+    assert after.words == words.words and {"a", "red", "square"} < words.words.keys() and "apple" not in words.words
 
 
 def test_other_numerics_are_told(

@@ -166,6 +166,20 @@ def test_a_step_draws_what_its_address_says(start: Start) -> None:
     assert other.stepper.gradients([batch], 7).loss != first
 
 
+def test_noise_times_and_dropout_each_have_their_address(start: Start) -> None:
+    (batch,) = batches(1, 4)
+    noisy = start("model.net.dropout=0", "condition_dropout=0")
+    stirred(noisy)
+    losses = {float(noisy.stepper.loss(batch, step, micro).value.detach()) for step in (7, 8) for micro in (0, 1)}
+    assert len(losses) == 4
+    falling = start("model.net.dropout=0.3", "condition_dropout=0", folder="falling")
+    stirred(falling)
+    falling.stepper.objective = Plain()  # type: ignore[assignment]
+    one = [falling.stepper.gradients([batch], step).loss for step in (7, 8, 7)]
+    assert one[0] == one[2] != one[1]
+    assert falling.stepper.gradients([batch, batch], 7).loss != pytest.approx(one[0], rel=1e-4)
+
+
 def test_dropped_conditions_are_dropped_for_the_network(start: Start) -> None:
     run = start("condition_dropout=1")
     stirred(run)
@@ -269,19 +283,14 @@ def test_a_compiled_network_trains_alike(start: Start, toy: str, monkeypatch: py
 
 
 def test_addresses_do_not_collide() -> None:
-    addresses = [
-        (seed, purpose, step, micro)
-        for seed in (0, 1, 11)
-        for purpose in ("noise", "condition")
-        for step in range(30)
-        for micro in range(3)
-    ]
+    """Nor are their draws related. Steps and micro-batches are told apart: 1, 11 is not 11, 1."""
+    places = [(step, micro) for step in range(30) for micro in range(12)]
+    addresses = [(seed, purpose, *place) for seed in (0, 1) for purpose in ("noise", "condition") for place in places]
     keys = [key(*address) for address in addresses]
     assert len(set(keys)) == len(keys) and all(0 <= one < 2**63 for one in keys)
-    draws = torch.stack([torch.rand(64, generator=generator(*address)) for address in addresses])
+    draws = torch.stack([torch.rand(64, generator=generator(*address)) for address in addresses[:200]])
     assert abs(float(draws.mean()) - 0.5) < 5 / (12 * draws.numel()) ** 0.5
     correlation = torch.corrcoef(draws) - torch.eye(len(draws))
     assert float(correlation.abs().max()) < 0.65  # 5 deviations of 1 / sqrt(64)
-    assert torch.equal(
-        torch.rand(4, generator=generator(0, "noise", 1)), torch.rand(4, generator=generator(0, "noise", 1))
-    )
+    again = torch.rand(64, generator=generator(*addresses[3]))
+    assert torch.equal(again, draws[3])

@@ -63,7 +63,7 @@ def load(path: Path) -> State:
     except (OSError, ValueError) as error:
         raise CheckpointError("a checkpoint cannot be read", where=str(path), seen=str(error)) from None
     where = str(path / "state.json")
-    if plain.pop("version", None) != VERSION:
+    if not isinstance(plain, dict) or plain.pop("version", None) != VERSION:
         raise CheckpointError("a checkpoint of another version of sfumato", where=where, seen=f"not {VERSION}")
     if plain["step"] != _step(path):
         raise CheckpointError("a checkpoint bears another step's name", where=where, seen=f"step {plain['step']}")

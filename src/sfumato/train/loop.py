@@ -22,7 +22,7 @@ from sfumato.train import checkpoint
 from sfumato.train.run import Run
 from sfumato.train.step import pick_precision
 
-# What a run has written before its first checkpoint: another may begin over it.
+# What a run has written before its first checkpoint: another may begin over it, if there is a run's lock beside it.
 LOGS = {".lock", "config.yaml", "log.txt", "metrics.jsonl", "loss.png", "loss_by_noise.png"}
 UNSAVED = LOGS | {"samples", "checkpoints"}
 STOPPING = b"\nstopping after this step; Ctrl-C again stops at once, unsaved\n"
@@ -68,7 +68,8 @@ def _check_folder(folder: Path, resume: bool) -> None:
         fix = f"sfumato train --resume {quoted}, or name=ANOTHER"
         raise ConfigError("this run exists already", where=str(folder), fix=fix)
     names = sorted(path.name for path in folder.iterdir())
-    if other := [name for name in names if name not in UNSAVED and not files.LEFT_BEHIND.fullmatch(name)]:
+    ours = UNSAVED if ".lock" in names else set[str]()
+    if other := [name for name in names if name not in ours and not files.LEFT_BEHIND.fullmatch(name)]:
         raise ConfigError(
             "this folder holds other things already", where=str(folder), seen=", ".join(other[:5]), fix="name=ANOTHER"
         )
