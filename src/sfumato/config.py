@@ -125,7 +125,7 @@ class SamplingSection(Section):
     sampler: Slot = {"kind": "ipndm", "variable": "angle"}
     grid: Slot = {"kind": "logistic"}
     steps: Positive = 20
-    guidance: Annotated[float, Field(ge=0)] | Slot = 3.0
+    guidance: Annotated[float, Field(ge=0)] = 3.0
     interval: Interval | None = None
     rescale: Share = 0.0
 

@@ -209,6 +209,10 @@ def merged(below: Any, above: Any, where: str = "") -> Any:
         return above
     if where in SLOTS and "kind" in above and above["kind"] != below.get("kind"):
         below = _surviving(below, above["kind"], SLOTS[where])
+    if where == "optim" and "kind" in above and above["kind"] != below.get("kind"):  # its options lie apart
+        options = below.get("options")
+        kept = _surviving(options, above["kind"], "Optimizer") if isinstance(options, Mapping) else options
+        below = {**below, **({"options": kept} if options is not None else {})}
     result = dict(below)
     for key, value in above.items():
         inner = f"{where}.{key}" if where else str(key)

@@ -71,7 +71,7 @@ def three_modes_at(path: Path) -> Bound:
 
 @lru_cache(maxsize=8)
 def truth(low: float = -3.0, high: float = 3.0) -> Tensor:
-    """Where the ODE takes the starts, over the radius, between two values of half log_snr: equal quantiles, bisected."""
+    """Where the ODE takes the starts, over the radius, between two values of half log_snr: by equal quantiles."""
     share = _below(STARTS, low)
     left, right = torch.full_like(STARTS, -9.0), torch.full_like(STARTS, 9.0)
     for _ in range(64):

@@ -64,6 +64,17 @@ def test_muon_takes_the_matrices_inside(start: Start, net: str, inner: tuple[str
     assert not any(name.startswith(outer + BOTH_OUT) for name in matrices)
 
 
+def test_another_optimizer_drops_the_options_that_it_does_not_have() -> None:
+    from sfumato.overlay import merged
+
+    below = {"optim": {"kind": "muon", "lr": 1, "options": {"iterations": 3, "weight_decay": 0.5}}}
+    kept = {"kind": "adamw", "lr": 1, "options": {"weight_decay": 0.5}}
+    assert merged(below, {"optim": {"kind": "adamw"}}) == {"optim": kept}
+    assert merged(below, {"optim": {"kind": "muon"}}) == below
+    over = merged(below, {"optim": {"kind": "adamw", "options": {"eps": 1e-6}}})
+    assert over["optim"]["options"] == {"weight_decay": 0.5, "eps": 1e-6}
+
+
 def config(small: Callable[..., Config], **optim: Any) -> Config:
     """A run of 100 steps."""
     return small("steps=100", *(f"optim.{name}={value}" for name, value in optim.items()))

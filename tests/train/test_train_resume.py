@@ -14,16 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from PIL import Image as Pillow
+from runs import bytes_of, damage, kept, rows_of, stopped
 
-from sfumato import files
-from sfumato.cli import main
 from sfumato.conditioners import Prompts
 from sfumato.config import Config
-from sfumato.errors import CheckpointError, ConfigError, Interrupted, MachineError, MemoryShortage
+from sfumato.errors import CheckpointError, Interrupted, MachineError
 from sfumato.io.directory import load_model
-from sfumato.overlay import as_yaml, from_resolved, resolved
+from sfumato.overlay import as_yaml, resolved
 from sfumato.train import checkpoint, train
 from sfumato.train.run import Run
 from sfumato.train.step import Stepper
@@ -42,21 +40,6 @@ EVERYTHING = (
     "optim.decay=cosine",
     "objective.times=logit_normal",
 )
-
-
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def kept(run: Path) -> dict[str, bytes]:
-    """All that a run keeps but its log, which has the time of day, and pictures of it."""
-    return {name: data for name, data in bytes_of(run).items() if not name.endswith((".txt", ".png", ".lock"))}
-
-
-def stopped(config: Config, run: Path, after: int, resume: bool = False) -> None:
-    with pytest.raises(Interrupted):
-        train(config, run=run, resume=resume, stop_after=after)
 
 
 @pytest.mark.parametrize("how", ["optim.kind=adamw", "optim.kind=muon", "precision=bf16", "precision=fp16"])
@@ -118,15 +101,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert kept(run)["model/model.safetensors"] == kept(tmp_path / "whole")["model/model.safetensors"]
 
 
-def damage(path: Path, harm: str) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    if harm == "lose":
-        path.unlink()
-    else:
-        path.write_bytes(data if harm == "flip" else data[:-1])
-
-
 def test_without_a_whole_checkpoint_nothing_begins_anew(
     small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,11 +137,6 @@ def test_sigterm_saves_and_says_how_to_go_on(small: Small, tmp_path: Path) -> No
     stopped(config, run, 2, resume=True)
     stopped(config, tmp_path / "here", 2, resume=True)
     assert kept(run) == kept(tmp_path / "here")
-
-
-def rows_of(run: Path) -> list[dict[str, Any]]:
-    path = run / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -270,83 +239,6 @@ def test_a_full_disk_leaves_what_was_saved(
 SAVE = checkpoint.save
 
 
-def test_too_little_room_is_told_before_the_first_step(
-    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(files, "free_space", lambda path: 200_000)
-    with pytest.raises(MachineError, match="no room for a checkpoint") as caught:
-        train(small(), run=tmp_path / "run")
-    assert "0 MiB free" in str(caught.value)
-
-
-def test_a_run_that_exists_is_not_trained_over(small: Small, tmp_path: Path) -> None:
-    stopped(small(), tmp_path / "run", 1)
-    before = bytes_of(tmp_path)
-    with pytest.raises(ConfigError, match="this run exists already") as caught:
-        train(small(), run=tmp_path / "run")
-    assert "--resume" in str(caught.value) and bytes_of(tmp_path) == before
-
-
-@pytest.mark.parametrize("name", ["model", "thesis.odt", "config.yaml"])
-def test_a_folder_with_other_things_is_left_alone(small: Small, tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text("years of work")
-    with pytest.raises(ConfigError, match="holds other things") as caught:
-        train(small(), run=tmp_path)
-    assert name in str(caught.value) and bytes_of(tmp_path) == {name: b"years of work"}
-
-
-def test_what_a_run_left_before_its_first_checkpoint_does_not_hinder_another(
-    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(self: Stepper, batches: Any, step: int) -> Any:
-        raise RuntimeError("a bug")
-
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="a bug"):
-        patch.setattr(Stepper, "gradients", broken)
-        train(small(), run=tmp_path / "run")
-    (tmp_path / "run/checkpoints").mkdir()
-    (tmp_path / "run/checkpoints/.step-00000006.0123abcd").mkdir()  # killed within its first save
-    with pytest.raises(ConfigError, match="no run to resume") as caught:
-        train(small(), run=tmp_path / "run", resume=True)
-    assert f"sfumato train {tmp_path / 'run/config.yaml'} --run {tmp_path / 'run'}" in str(caught.value)
-    train(small("steps=1"), run=tmp_path / "run")
-    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000001"]
-
-
-def test_what_cannot_be_a_run(small: Small, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no run to resume"):
-        train(small(), run=tmp_path / "none", resume=True)
-    assert not (tmp_path / "none").exists()
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="a run is a folder"):
-        train(small(), run=tmp_path / "file")
-    with pytest.raises(MachineError, match="cannot write here"):
-        train(small(), run=tmp_path / "file/run")
-    for steps in (0, -1):
-        with pytest.raises(ConfigError, match="one step at least"):
-            train(small(), run=tmp_path / "run", stop_after=steps)
-
-
-@pytest.mark.parametrize("change", ["model.net.dim=32", "model.prediction=x0", "optim={kind: adamw}"])
-def test_another_model_or_optimizer_is_another_run(small: Small, tmp_path: Path, change: str) -> None:
-    stopped(small(), tmp_path / "run", 1)
-    before = bytes_of(tmp_path / "run")
-    with pytest.raises(ConfigError, match="cannot go on with another"):
-        train(small(change), run=tmp_path / "run", resume=True)
-    assert bytes_of(tmp_path / "run") == before
-
-
-def test_a_second_trainer_touches_nothing(small: Small, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    stopped(small(), run, 3)
-    with files.lock(run):
-        before = bytes_of(run)
-        with pytest.raises(ConfigError, match="another process is training") as caught:
-            train(small(), run=run, resume=True)
-        assert bytes_of(run) == before and f"process {os.getpid()}" in str(caught.value)
-    stopped(small(), run, 1, resume=True)
-
-
 def test_a_run_killed_between_its_last_checkpoint_and_its_model_makes_the_model(small: Small, tmp_path: Path) -> None:
     config, run = small("steps=2"), tmp_path / "run"
     train(config, run=run)
@@ -386,43 +278,3 @@ def test_other_numerics_are_told(
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     stopped(small(), tmp_path / "run", 1, resume=True)
     assert "not bit for bit: threads was 1, is 64" in capsys.readouterr().err
-
-
-def test_a_smaller_memory_is_explained(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for error in (
-        torch.OutOfMemoryError("CUDA out of memory"),
-        MemoryError(),
-        RuntimeError("can't allocate memory: 9 bytes"),
-    ):
-
-        def short(self: Stepper, batches: Any, step: int, error: BaseException = error) -> Any:
-            raise error
-
-        monkeypatch.setattr(Stepper, "gradients", short)
-        with pytest.raises(MemoryShortage, match="batch=2 accumulate=2") as caught:
-            train(small(), run=tmp_path / "run")
-        assert caught.value.exit_code == 5
-
-
-def test_the_command_line_says_it_with_its_exit_code(
-    small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "c.yaml").write_text(as_yaml(resolved(small())))
-    run = str(tmp_path / "run")
-    assert code("train", str(tmp_path / "c.yaml"), "--run", run, "--stop-after", "2") == 6
-    assert f"sfumato train --resume {run}" in capsys.readouterr().err
-    assert code("train", str(tmp_path / "c.yaml"), "--run", run) == 2
-    assert code("train", "--resume", run, "optim.kind=adamw", "optim.options={}") == 2
-    assert code("train", "--resume", run, "steps=3") == 0
-    assert from_resolved(yaml.safe_load((tmp_path / "run/config.yaml").read_text()), "run").steps == 3
-    for path in checkpoint.found(tmp_path / "run/checkpoints"):
-        damage(path / "state.json", "flip")
-    assert code("train", "--resume", run) == 4
-
-
-def code(*words: str) -> int:
-    try:
-        main(list(words))
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0

@@ -113,7 +113,7 @@ class DiT(nn.Module):
             mask = None if mask is None else torch.cat([mask, mask.new_ones(len(x), grid[0] * grid[1])], 1)
         if self.config.positions == "rope":
             rope = rope_2d(*grid, self.config.dim // self.config.heads, before, device=x.device)
-        tokens = self._through(tokens, summary, grid, words, mask, rope)[:, before:]
+        tokens = self._through(tokens, summary, words, mask, rope, grid)[:, before:]
         return _unfolded(self.head(tokens, summary), grid, self.config.patch)
 
     def _through(self, tokens: Tensor, summary: Tensor, *rest: object) -> Tensor:
@@ -190,14 +190,14 @@ class Block(nn.Module):
         x: Tensor,
         summary: Tensor,
         skip: Tensor | None,
-        grid: tuple[int, int],
         words: Tensor | None,
         mask: Tensor | None,
         rope: tuple[Tensor, Tensor] | None,
+        grid: tuple[int, int] | None = None,
     ) -> Tensor:
         if self.skip is not None and skip is not None:
             x = self.skip(torch.cat([x, skip], -1))
-        if self.local is not None:
+        if self.local is not None and grid is not None:
             before = x.shape[1] - grid[0] * grid[1]  # words have no neighbours in the picture
             patches = x[:, before:].transpose(1, 2).unflatten(2, grid)
             x = torch.cat([x[:, :before], x[:, before:] + self.local(patches).flatten(2).transpose(1, 2)], 1)
