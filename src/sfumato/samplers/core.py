@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -73,8 +74,8 @@ class Table:
         if (
             times.ndim != 1
             or len(times) < 2
-            or bool((times.diff() >= 0).any())
-            or not 0 <= float(times[-1]) <= float(times[0]) <= 1
+            or any(later >= t for t, later in pairwise(times.tolist()))
+            or not 0 <= times.tolist()[-1] <= times.tolist()[0] <= 1
         ):
             raise ConfigError(
                 "the times of a sampler must fall from at most 1 to at least 0, two of them or more",
