@@ -162,9 +162,8 @@ class Prompts(Conditioner):
         self.words: dict[str, int] = {}
         self.tokenizer = _tokenizer({PAD: 0, UNKNOWN: 1})
         self.table = nn.Embedding(2, dim)
-        self.place = nn.Parameter(
-            torch.randn(length, dim) / 2
-        )  # as loud as the words: order tells what is left of what
+        # as loud as the words: order tells what is left of what
+        self.place = nn.Parameter(torch.randn(length, dim) / 2)
         self.blocks = nn.ModuleList(EncoderBlock(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
 

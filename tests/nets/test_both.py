@@ -20,6 +20,8 @@ OPTIONS = {
         "adaln": ("block", "shared"),
         "qk_norm": (False, True),
         "skips": (False, True),
+        "local": (False, True),
+        "activation": ("gelu", "relu2"),
     },
     "unet": {"feed": (False, True), "patch": (1, 2), "qk_norm": (False, True), "blocks": (1, (2, 1))},
 }

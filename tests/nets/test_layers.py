@@ -247,6 +247,10 @@ def test_feed_forward_is_its_formula() -> None:
     h = x @ layer.up.weight.T + layer.up.bias
     gelu = h / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
     torch.testing.assert_close(layer(x), gelu @ layer.down.weight.T + layer.down.bias, rtol=0, atol=1e-13)
+    squares = FeedForward(4, 2.5, "relu2").double()
+    squares.load_state_dict(layer.state_dict())
+    want = torch.where(h > 0, h**2, 0) @ layer.down.weight.T + layer.down.bias
+    torch.testing.assert_close(squares(x), want, rtol=0, atol=1e-13)
 
 
 def test_modulation_is_one_sample_at_a_time() -> None:

@@ -1,9 +1,10 @@
 """DiT: a vision transformer over patches, told the time by adaptive layer norms (Peebles & Xie 2023).
 
 Each block's shift, scale and gate come from the sum of the time's, the label's and the pooled prompt's embeddings;
-gates start at zero, so a fresh network is the identity along its residual stream (adaLN-Zero). Text comes in by
-`text="joint"`: its tokens run in the same sequence as the patches, as in U-ViT (Bao et al. 2023), or by
-`text="cross"`: a cross-attention in every block, as in PixArt-alpha. `skips` adds U-ViT's long connections.
+gates start at zero, so a fresh network's attention and feed-forward layers leave its residual stream as it is
+(adaLN-Zero). Text comes in by `text="joint"`: its tokens run in the same sequence as the patches, as in U-ViT (Bao et
+al. 2023), or by `text="cross"`: a cross-attention in every block, as in PixArt-alpha. `skips` adds U-ViT's long
+connections.
 """
 
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sfumato.errors import ConfigError
-from sfumato.nets.layers import Activation, Attention, FeedForward, TimeEmbedding, modulated, rope_2d, sincos_2d, zeroed
+from sfumato.nets.layers import Attention, FeedForward, TimeEmbedding, modulated, rope_2d, sincos_2d, zeroed
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class DiTConfig:
     qk_norm: bool = False
     skips: bool = False
     local: bool = False
-    activation: Activation = "gelu"
+    activation: Literal["gelu", "relu2"] = "gelu"
     dropout: float = 0.0
 
 
