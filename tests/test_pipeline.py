@@ -413,9 +413,6 @@ def again(pipe: Pipeline, said: Mapping[str, Any]) -> Any:
     return pipe.sample([prompt], seeds=[said["seed"]], negative=negative, **options).images[0]
 
 
-LOST = pytest.mark.xfail(strict=True, reason="of a negative prompt's fields only one is written down")
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -423,8 +420,8 @@ LOST = pytest.mark.xfail(strict=True, reason="of a negative prompt's fields only
         {"guidance": 1, "size": (4, 8)},
         {"sampler": {"kind": "ddim", "eta": 0.7}, "grid": {"kind": "karras", "rho": 5.0}, "steps": 5},
         {"negative": "two squares", "interval": (0.3, 4.0), "rescale": 0.5, "sampler": "ddpm"},
-        pytest.param({"negative": {"label": "cat"}, "interval": (0.3, None), "guidance": 4.5}, marks=LOST),
-        pytest.param({"negative": {"label": "cat", "caption": "two"}}, marks=LOST),
+        {"negative": {"label": "cat"}, "interval": (0.3, None), "guidance": 4.5},
+        {"negative": {"label": "cat", "caption": "two"}},
     ],
     ids=lambda options: "-".join(options) or "defaults",
 )
@@ -439,7 +436,6 @@ def test_settings_in_a_png_draw_the_same_picture(doubles: Pipeline, options: dic
     assert ((samples.images > 0) & (samples.images < 255)).mean() > 0.02
 
 
-@pytest.mark.xfail(strict=True, reason="the recommended guidance is written down though nothing was guided")
 def test_settings_of_a_model_without_conditions_draw_the_same_picture() -> None:
     pipe = Pipeline(made(conditioner=None), "cpu")
     samples = pipe.sample([None], seeds=3)

@@ -111,6 +111,16 @@ def test_without_a_picture_there_is_nothing_to_begin_from() -> None:
     assert begin(None, None, None, 1, (8, 8)) is None
 
 
+def test_a_picture_says_that_it_began_from_another(pipe: Pipeline, tmp_path: Path) -> None:
+    from sfumato.io.pictures import parameters, read_settings
+
+    (path,) = pipe.sample("a red circle", image=PICTURE, mask=HALF, strength=0.5, steps=4).save(tmp_path)
+    said = read_settings(path)
+    assert (said["strength"], said["masked"]) == (0.5, True)
+    assert "Denoising strength: 0.5" in parameters(said)
+    assert "strength" not in pipe.sample("a red circle", steps=2).settings[0]
+
+
 def test_drive_with_a_mask_is_the_model_where_all_is_free() -> None:
     path, model = Linear(), Bound(Linear(), lambda x, t: 0.3 * x)
     x, known = torch.randn(2, 3, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64)

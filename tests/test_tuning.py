@@ -106,3 +106,23 @@ def test_what_was_tuned_is_plain_data_that_builds_again(tuned, tmp_path: Path) -
     again = drive(build(said["sampler"], "Sampler")(PATH, fresh.x, times), fresh.denoise)
     direct = drive(learned(PATH, fresh.x, times, rows=tuned.rows), fresh.denoise)
     torch.testing.assert_close(again, direct)
+
+
+def test_gradients_reach_the_times_through_guidance_and_network() -> None:
+    from sfumato.denoiser import Denoiser
+    from sfumato.guidance import CFG, guided
+    from sfumato.predictions import VELOCITY
+
+    class Net(torch.nn.Module):
+        def forward(self, x: torch.Tensor, t: torch.Tensor, *, shift: torch.Tensor) -> torch.Tensor:
+            return x * torch.sin(t)[:, None] + shift
+
+    path, x = Linear(), torch.randn(3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    one, none = ({"shift": torch.full((3, 2), v, dtype=torch.float64)} for v in (1.0, 0.0))
+    model = Denoiser(Net(), path, VELOCITY)
+    denoise = guided(model, path, CFG(one, none, 2.5))
+    t = torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(denoise(x, t).sum(), t)
+    h = 1e-6
+    numeric = (denoise(x, 0.6 + h).sum() - denoise(x, 0.6 - h).sum()) / (2 * h)
+    torch.testing.assert_close(slope, numeric, rtol=1e-6, atol=1e-6)

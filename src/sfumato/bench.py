@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sfumato.catalogue import PATHS, SAMPLERS, Sampler, build
-from sfumato.denoiser import Bound, Denoise
+from sfumato.denoiser import Denoise
 from sfumato.errors import ConfigError
 from sfumato.exact import three_modes
 from sfumato.grids import logistic
@@ -75,9 +75,7 @@ def samplers(
 
 def measured(line: Sampler, paths: Sequence[str], *, own: bool = False) -> Row:
     """Everything about one sampler."""
-    row = Row(None if line.stochastic or (line.order == 0 and not own) else line.order, line.calls)
-    if own:
-        row.nominal = None
+    row = Row(None if own or line.stochastic or line.order == 0 else line.order, line.calls)
     usual = not (line.stochastic or line.inverse or line.adaptive)
     for name in paths:
         path = build(name, "Path")
@@ -185,8 +183,3 @@ def _started(line: Sampler) -> Callable[..., Any]:
     if "start" in known and line.order >= 3:
         return lambda *a: line.fn(*a, start="runge_kutta")
     return line.fn  # type: ignore[no-any-return]
-
-
-def bound(path: Path, fn: Callable[[Tensor, float | Tensor], Tensor]) -> Bound:
-    """A denoiser of a function, for `on_model`."""
-    return Bound(path, fn)

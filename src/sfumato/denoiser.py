@@ -111,7 +111,7 @@ class Denoiser(nn.Module):
 def times_like(t: float | Tensor, x: Tensor) -> Tensor:
     """One time a sample, (B,), in at least float32. Filling with a float does not wait for the device; copying does."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    if isinstance(t, Tensor) and (t.ndim or t.device.type != "cpu"):
+    if isinstance(t, Tensor) and (t.ndim or t.requires_grad or t.device.type != "cpu"):
         return t.to(x.device, dtype).expand(len(x))
     return x.new_full((len(x),), float(t), dtype=dtype)
 

@@ -14,19 +14,18 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sfumato import files
-from sfumato.catalogue import build
 from sfumato.data.order import indices
 from sfumato.data.picture import Fields
 from sfumato.errors import ConfigError, DataError
 from sfumato.metrics.scenes import check, evaluate
 from sfumato.model import Model
-from sfumato.overlay import parse_yaml
+from sfumato.overlay import run_data
 from sfumato.paths import along, noised
 from sfumato.pipeline import Pipeline
 
@@ -143,15 +142,14 @@ def _weights(model: Model) -> Finding:
 
 def _examples(run: Path) -> tuple[Tensor, list[Fields]]:
     """Some of the pictures the run was trained on."""
-    config = next((one for one in (run / "config.yaml", run / "../config.yaml") if one.is_file()), None)
-    if config is None:
+    dataset = run_data(run)
+    if dataset is None:
         raise DataError(
             "a model alone does not tell its data",
             where=str(run),
             seen="no config.yaml",
             fix="sfumato doctor RUN, the folder with config.yaml",
         )
-    dataset = build(parse_yaml(config.read_text(encoding="utf-8"), str(config))["data"], "Data")
     some = indices(0, min(EXAMPLES, len(dataset)), len(dataset), 0)  # from everywhere: folders lie class by class
     images, fields = dataset.batch(some.tolist())
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1, list(fields)
@@ -193,7 +191,7 @@ def _shares(pipeline: Pipeline, images: Tensor, fields: Sequence[Fields]) -> dic
 
 def _embeddings(model: Model, fields: Sequence[Fields]) -> Finding:
     """How alike different prompts are to the network."""
-    distinct = list({str(sorted(one.items(), key=str)): one for one in _known(model, fields)}.values())
+    distinct = list({str(sorted(one.items(), key=str)): one for one in model.known(fields)}.values())
     if len(distinct) < 2:
         return Finding("embeddings", "warning", "all captions looked at are the same", "captions that say what differs")
     with torch.inference_mode():
@@ -210,11 +208,6 @@ def _embeddings(model: Model, fields: Sequence[Fields]) -> Finding:
             "embeddings", "fault", seen, "collapsed: a smaller optim.lr, a longer optim.warmup, another seed"
         )
     return Finding("embeddings", "ok", seen)
-
-
-def _known(model: Model, fields: Sequence[Fields]) -> list[dict[str, Any]]:
-    wanted = set(getattr(model.conditioner, "fields", ()))
-    return [{name: value for name, value in one.items() if name in wanted} for one in fields]
 
 
 def _guidance(pipeline: Pipeline, per_task: int) -> Finding | None:

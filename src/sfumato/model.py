@@ -41,6 +41,11 @@ class Model(nn.Module):
         height, width = self.spec["size"]
         return int(height), int(width)
 
+    def known(self, raw: Sequence[Raw]) -> list[dict[str, object]]:
+        """Of raw conditions, as data sources give them, the fields that this model reads."""
+        fields: tuple[str, ...] = tuple(getattr(self.conditioner, "fields", ()))
+        return [{name: one[name] for name in fields if name in one} for one in raw]
+
     def cond(self, raw: Sequence[Raw]) -> Cond:
         """What the network is told for some raw conditions."""
         return {} if self.conditioner is None else self.conditioner(raw)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from sfumato.catalogue import KINDS
+from sfumato.catalogue import KINDS, build
 from sfumato.config import SLOTS, Config, slot_problems
 from sfumato.errors import ConfigError, nearest
 from sfumato.registry import Problem, options_of, target_of
@@ -65,6 +65,14 @@ def resolved(config: Config) -> dict[str, Any]:
 def from_resolved(raw: Mapping[str, Any], source: str) -> Config:
     """The configuration that `resolved` wrote."""
     return _checked(dict(raw), source, {})
+
+
+def run_data(run: Path) -> Any:
+    """The data source of a run, or of the run that a model directory lies in; None where there is no config.yaml."""
+    config = next((one for one in (Path(run) / "config.yaml", Path(run) / "../config.yaml") if one.is_file()), None)
+    if config is None:
+        return None
+    return build(parse_yaml(config.read_text(encoding="utf-8"), str(config))["data"], "Data")
 
 
 def _read(source: str, origins: dict[str, str], above: tuple[Path, ...]) -> dict[str, Any]:

@@ -5,32 +5,30 @@ its batch. Rows of one batch go through the network together, all branches of th
 """
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image as Pillow
 from torch import Tensor
 
 from sfumato import __version__
 from sfumato.catalogue import build
 from sfumato.conditioners import Raw
 from sfumato.data.picture import Image
-from sfumato.data.sheet import sheet
 from sfumato.denoiser import Cond
-from sfumato.errors import CheckpointError, ConfigError, DataError, MachineError, MemoryShortage, nearest
+from sfumato.errors import ConfigError, DataError, MemoryShortage, nearest
 from sfumato.guidance import guided
 from sfumato.io.directory import load_model
-from sfumato.io.pictures import save_png, slug, unused
+from sfumato.io.tuned import read_tuned
 from sfumato.model import Model, compile_net, pick_device
 from sfumato.nets.variants import variant
 from sfumato.paths import noised
 from sfumato.samplers import SeededNoise, Step, sample
+from sfumato.samples import Samples
 from sfumato.settings import Interval, Settings, is_whole
 from sfumato.starts import Begin, begin, known_where
 
@@ -39,37 +37,6 @@ Progress = Callable[[int, int], None]  # steps done, of how many
 
 TUNED = "tuned"  # the name of whatever `sfumato tune-sampler` made for this number of steps
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class Samples(NamedTuple):
-    """Pictures (N, H, W, 3) uint8, and for each all that is needed to draw it again."""
-
-    images: Image
-    settings: list[dict[str, Any]]
-
-    def save(self, folder: str | Path) -> list[Path]:
-        """Writes each as a PNG named after its prompt, overwriting nothing; the paths. MachineError where it cannot."""
-        place, paths, next_numbers = Path(folder), list[Path](), dict[str, int]()
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise MachineError(
-                "cannot make this folder", where=str(place), seen=error.strerror, fix="another folder"
-            ) from None
-        for image, settings in zip(self.images, self.settings, strict=True):
-            stem = slug(str(settings.get("prompt") or "picture"))
-            while True:
-                path = unused(place, stem, start=next_numbers.get(stem, 0))
-                next_numbers[stem] = int(path.stem.rpartition("-")[2]) + 1
-                with contextlib.suppress(FileExistsError):  # another process was faster: the next number
-                    save_png(path, image, settings)
-                    break
-            paths.append(path)
-        return paths
-
-    def grid(self, columns: int | None = None) -> Pillow.Image:
-        """All of them on one sheet, with their prompts."""
-        return sheet(list(self.images), [str(one.get("prompt") or "") for one in self.settings], columns=columns)
 
 
 @dataclass(frozen=True)
@@ -369,6 +336,12 @@ class Pipeline:
         said = {"prompt": _text(order.raw[i]), "seed": order.seeds[i], **order.settings.plain()}
         if order.raw[i].keys() - {"caption"}:
             said["fields"] = dict(order.raw[i])
+        if self.model.conditioner is None:
+            said["guidance"] = 1.0  # whatever is recommended: there was nothing to guide by
+        if order.negative is not None and order.negative.keys() - {"caption"}:
+            said["negative_fields"] = dict(order.negative)
+        if order.begin is not None:
+            said |= {"strength": order.begin.strength, "masked": order.begin.mask is not None}
         negative = None if order.negative is None else _text(order.negative)
         facts = {"model": self.model.facts} if self.model.facts else {}
         return {
@@ -403,7 +376,7 @@ def load(
             fix=", ".join(near) or "sfumato train quickstart",
         )
     pipeline = Pipeline(load_model(folder, trust=trust), device, precision=precision, compile=compile)
-    pipeline.tuned = dict(_tuned(folder))
+    pipeline.tuned = read_tuned(folder)
     return pipeline
 
 
@@ -411,18 +384,6 @@ def model_folder(path: str | Path) -> Path:
     """The model directory that is meant: a run's `model/`, or the folder itself."""
     folder = Path(path).expanduser()
     return folder / "model" if (folder / "model" / "model.json").is_file() else folder
-
-
-def _tuned(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The samplers that were tuned for a model, by their number of steps (see `sfumato.tuning`)."""
-    for path in sorted((folder / "samplers").glob("*.json")):
-        try:
-            said = json.loads(path.read_text(encoding="utf-8"))
-            yield int(said["steps"]), {"sampler": said["sampler"], "grid": said["grid"]}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                "a tuned sampler cannot be read", where=str(path), seen=str(error), fix=f"rm {path}"
-            ) from None
 
 
 def _seeds(seeds: Any, n: int) -> list[int]:

@@ -53,13 +53,11 @@ def _on_run(run: Path, names: list[str], picture: Path, json: bool) -> None:
     import torch
 
     from sfumato.bench import on_model
-    from sfumato.cli.tune import _of_data
     from sfumato.pipeline import load
-    from sfumato.tuning.model import problems
+    from sfumato.tuning.model import examples, problems
 
     pipeline = load(run, "auto")
-    fields = set(getattr(pipeline.model.conditioner, "fields", ()))
-    raw = [{name: value for name, value in one.items() if name in fields} for one in _of_data(run, 16)]
+    raw = pipeline.model.known(examples(run, 16))
     (problem,) = problems(pipeline, raw, batch=len(raw))
     with torch.inference_mode():
         rows = on_model(problem.denoise, problem.x, names)

@@ -35,10 +35,11 @@ def train(
     from sfumato.overlay import load_config, recipes
 
     folder = Path(source)
-    is_run = (folder / "config.yaml").is_file()
+    is_recipe = source in {recipe.name for recipe in recipes()}
+    is_run = (folder / "config.yaml").is_file() and (resume or not is_recipe)  # a recipe's name means the recipe
     if is_run and not resume and not print_config:
         raise ConfigError("this run exists already", where=str(folder), fix=f"sfumato train --resume {folder}")
-    if resume and not is_run and not folder.is_file() and source not in {recipe.name for recipe in recipes()}:
+    if resume and not is_run and not folder.is_file() and not is_recipe:
         _no_run(folder)
     loaded = load_config(str(folder / "config.yaml") if is_run else source, overrides or [])
     place = run or (folder if is_run else Path("runs") / loaded.config.name)

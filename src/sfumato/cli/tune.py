@@ -27,37 +27,25 @@ def tune_sampler(
 
     sfumato tune-sampler runs/quickstart --steps 6
     """
+    from sfumato.io.tuned import save_tuned
     from sfumato.pipeline import load, model_folder
-    from sfumato.tuning.model import save_tuned, tune_model
+    from sfumato.tuning.model import examples, tune_model
 
     pipeline = load(run, device)
-    raw = [{"caption": text} for text in read_lines(file)][:n] if file else _of_data(run, n)
-    raw = [raw[i % len(raw)] for i in range(n)]
-    fields = set(getattr(pipeline.model.conditioner, "fields", ()))
-    known = [{name: value for name, value in one.items() if name in fields} for one in raw]
+    raw: list[Any] = [{"caption": text} for text in read_lines(file)] if file else examples(run, n)
+    known = pipeline.model.known([raw[i % len(raw)] for i in range(n)])
     with bar("tuning") as progress:
         found = tune_model(
             pipeline, known, steps, batch=batch, guidance=guidance, iterations=iterations, seed=seed, progress=progress
         )
-    used = pipeline.settings(guidance=guidance).scale
-    path = save_tuned(model_folder(run), found, used)
+    slots = found.settings()
+    facts = {"guidance": pipeline.settings(guidance=guidance).scale, "error": found.error, "before": found.before}
+    path = save_tuned(model_folder(run), found.steps, {name: slots[name] for name in ("sampler", "grid")}, facts)
     if json:
-        as_json({"path": str(path), "error": found.error, "before": found.before, **found.settings()})
+        as_json({"path": str(path), "error": found.error, "before": found.before, **slots})
         return
     out.print(str(path), markup=False, soft_wrap=True)
     say(
         f"distance to the exact solution {found.error:.4g}, before {found.before:.4g}; "
         f"used from now on by: sfumato sample {run} --steps {steps}"
     )
-
-
-def _of_data(run: Path, n: int) -> list[Any]:
-    """The fields of the first pictures of a run's data; nothing said where there is none."""
-    config = run / "config.yaml"
-    if not config.is_file():
-        return [{}]
-    from sfumato.catalogue import build
-    from sfumato.overlay import parse_yaml
-
-    dataset = build(parse_yaml(config.read_text(encoding="utf-8"), str(config))["data"], "Data")
-    return list(dataset.batch(range(min(n, len(dataset))))[1])

@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple, Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
-from sfumato.denoiser import Bound, Cond, joined
+from sfumato.denoiser import Bound, Cond, joined, times_like
 from sfumato.errors import ConfigError
 from sfumato.paths import Path
 
@@ -127,12 +127,12 @@ def guided(
     running = started(guidance, times)
 
     def fn(x_t: Tensor, t: float | Tensor, **to: str) -> Tensor:
-        t = float(t)
+        now, t = t, float(t.detach()) if isinstance(t, Tensor) else t
         branches = running.branches(path, t)
         answers: dict[int, Tensor] = {}
         for variant in dict.fromkeys(branch.variant for branch in branches):
             which = [i for i, branch in enumerate(branches) if branch.variant == variant]
-            parts = _answered(varied(forward, variants, variant), x_t, t, [branches[i].cond for i in which], to)
+            parts = _answered(varied(forward, variants, variant), x_t, now, [branches[i].cond for i in which], to)
             answers |= dict(zip(which, parts, strict=True))
         return combined(running, path, x_t, t, [answers[i] for i in range(len(branches))])
 
@@ -158,13 +158,12 @@ def varied(forward: Forward, variants: Variants | None, variant: str | None) -> 
 
 
 def _answered(
-    forward: Forward, x_t: Tensor, t: float, conds: Sequence[Cond], to: Mapping[str, str]
+    forward: Forward, x_t: Tensor, t: float | Tensor, conds: Sequence[Cond], to: Mapping[str, str]
 ) -> Sequence[Tensor]:
-    """What is said under each condition, from one batch."""
+    """What is said under each condition, from one batch. Gradients reach a time that is a tensor."""
     cond = conds[0] if len(conds) == 1 else joined(conds)
     rows = x_t if len(conds) == 1 else torch.cat([x_t] * len(conds))
-    times = rows.new_full((len(rows),), t, dtype=torch.promote_types(rows.dtype, torch.float32))
-    return forward(rows, times, cond, **to).chunk(len(conds))
+    return forward(rows, times_like(t, rows), cond, **to).chunk(len(conds))
 
 
 def scales(path: Path, t: float) -> tuple[float, float]:

@@ -72,6 +72,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 def parameters(settings: Mapping[str, Any]) -> str:
     """The settings as other tools write them: the prompt, then one line of `Name: value` pairs."""
     names = {"Steps": "steps", "Sampler": "sampler", "Schedule type": "grid", "CFG scale": "guidance", "Seed": "seed"}
+    names["Denoising strength"] = "strength"
     said = {name: _name(settings[key]) for name, key in names.items() if key in settings}
     if "size" in settings:
         height, width = settings["size"]

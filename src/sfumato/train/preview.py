@@ -35,8 +35,7 @@ def wanted(model: Model, dataset: Dataset, config: Config, held: Sequence[int]) 
     found: list[Raw] = []
     while places and len(found) < samples.count:
         some, places = places[: samples.count], places[samples.count :]
-        known = [{name: one[name] for name in conditioner.fields if name in one} for one in dataset.batch(some)[1]]
-        found += [one for one in known if _readable(conditioner, one)]
+        found += [one for one in model.known(dataset.batch(some)[1]) if _readable(conditioner, one)]
     return found[: samples.count]
 
 

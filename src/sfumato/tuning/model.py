@@ -1,19 +1,17 @@
-"""Tuning for a model on disk: the conditions it will be asked for, noise, and the small file that results."""
+"""Tuning for a trained model: the conditions it will be asked for, noise for each, and its guidance."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from sfumato import files
 from sfumato.conditioners import Raw
+from sfumato.data.order import indices
 from sfumato.guidance import guided
+from sfumato.overlay import run_data
 from sfumato.pipeline import Pipeline
 from sfumato.tuning.learn import Progress, Tuned, tune
 from sfumato.tuning.teacher import Problem
-
-FORMAT = {"format": "sfumato-sampler", "version": 1}
 
 
 def problems(
@@ -60,11 +58,10 @@ def tune_model(
     )
 
 
-def save_tuned(folder: Path, tuned: Tuned, guidance: float) -> Path:
-    """Writes `samplers/N.json` into a model directory, where `Pipeline` finds it; the path."""
-    place = Path(folder) / "samplers"
-    place.mkdir(exist_ok=True)
-    facts = {"guidance": guidance, "error": tuned.error, "before": tuned.before}
-    path = place / f"{tuned.steps}.json"
-    files.write_atomic(path, json.dumps({**FORMAT, **tuned.settings(), **facts}, indent=1) + "\n")
-    return path
+def examples(run: Path, n: int) -> list[Raw]:
+    """The fields of up to n pictures of a run's data, from everywhere in it; nothing said where there is no run."""
+    dataset = run_data(run)
+    if dataset is None:
+        return [{}]
+    some = indices(0, min(n, len(dataset)), len(dataset), 0)
+    return list(dataset.batch(some.tolist())[1])
