@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from sfumato.bench import cost
+from sfumato.denoiser import Bound
 from sfumato.exact import FullMixture
 from sfumato.grids import logistic
-from sfumato.paths import Path as NoisePath
 from sfumato.paths import Tabulated
 from sfumato.samplers import drive
 from sfumato.samplers.adams import ipndm
@@ -101,7 +101,7 @@ def peer_result(scheduler: Any, noise: Tensor, path: Tabulated, denoise: Denoise
 
 
 def best_peers(noise: Tensor, path: Tabulated, denoise: Denoise, reference: Tensor) -> dict[int, dict[str, Any]]:
-    """For each number of calls the scheduler with the least median error."""
+    """For each number of calls the scheduler with the least median error. Combinations that raise are named."""
     best: dict[int, dict[str, Any]] = {}
     for name, make, per_step in peers():
         for calls in CALLS:
@@ -110,9 +110,10 @@ def best_peers(noise: Tensor, path: Tabulated, denoise: Denoise, reference: Tens
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     result, used = peer_result(make(), noise, path, denoise, steps)
-            except (ValueError, IndexError, RuntimeError, AssertionError, NotImplementedError):
-                continue  # a combination that this scheduler does not have
-            if used > calls and not (per_step > 1 and used <= calls):
+            except (ValueError, IndexError, RuntimeError, AssertionError, NotImplementedError) as error:
+                _say(f"not run: {name} at {calls}: {type(error).__name__} {str(error).splitlines()[0][:80]}")
+                continue
+            if used > calls:
                 result, used = _fewer(make, noise, path, denoise, steps, calls)
             found = errors(result, reference)
             if used <= calls and found["median"] < best.get(calls, {"median": float("inf")})["median"]:
@@ -170,20 +171,6 @@ def _add(rows: dict[str, Any], kind: str, calls: int, ours: dict[str, float], th
     rows["errors"][kind][str(calls)] = ours
 
 
-class Count(TorchDispatchMode):
-    """Counts tensor operations, and those that wait for a device or copy to one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations = self.waits = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        self.operations += name not in ("detach", "view", "alias")
-        self.waits += name in ("_local_scalar_dense", "item", "_to_copy")
-        return func(*args, **(kwargs or {}))
-
-
 def overhead(steps: int = 50, rounds: int = 15) -> dict[str, Any]:
     """Microseconds of CPU time a step outside the network, ours and diffusers', A/B interleaved: batch 1, 4x64x64."""
     import diffusers as d
@@ -201,37 +188,24 @@ def overhead(steps: int = 50, rounds: int = 15) -> dict[str, Any]:
     for name, (ours, theirs) in pairs.items():
         spent: tuple[list[float], list[float]] = [], []
         for _ in range(rounds):
-            started = time.process_time()
-            _run(ours(path, x, times), answer)
-            spent[0].append(time.process_time() - started)
+            us, operations, waits = cost(lambda: ours(path, x, times), answer, steps)  # noqa: B023
+            spent[0].append(us)
             scheduler = theirs()
             scheduler.set_timesteps(steps)
             started = time.process_time()
             state = x
             for t in scheduler.timesteps:
                 state = scheduler.step(answer, t, state).prev_sample
-            spent[1].append(time.process_time() - started)
-        counted = Count()
-        with counted:
-            _run(ours(path, x, times), answer)
-        us = [sorted(part)[len(part) // 2] / steps * 1e6 for part in spent]
+            spent[1].append((time.process_time() - started) / steps * 1e6)
+        middle = [sorted(part)[len(part) // 2] for part in spent]
         rows[name] = {
-            "us": round(us[0], 2),
-            "diffusers_us": round(us[1], 2),
-            "ratio": round(us[0] / us[1], 3),
-            "operations_a_step": round(counted.operations / steps, 2),
-            "waits": counted.waits,
+            "us": round(middle[0], 2),
+            "diffusers_us": round(middle[1], 2),
+            "ratio": round(middle[0] / middle[1], 3),
+            "operations_a_step": operations,
+            "waits": waits,
         }
     return rows
-
-
-def _run(running: Any, answer: Tensor) -> None:
-    try:
-        next(running)
-        while True:
-            running.send(answer)
-    except StopIteration:
-        pass
 
 
 def on_run(run: Path, seconds: Callable[[], float], n: int = 64) -> dict[str, Any]:
@@ -255,20 +229,14 @@ def on_run(run: Path, seconds: Callable[[], float], n: int = 64) -> dict[str, An
         n, *pipeline.model.codec.shape(*pipeline.model.size), generator=torch.Generator().manual_seed(0)
     )
     with torch.no_grad():
-        reference = drive(ipndm(path, noise, logistic(path, 1000), variable="angle"), _bound(path, denoise))
+        reference = drive(ipndm(path, noise, logistic(path, 1000), variable="angle"), Bound(path, denoise))
         _say(f"reference of the run solved, {seconds():.0f} s")
         theirs = best_peers(noise, path, denoise, reference)
         ratios = {}
         for calls in CALLS:
-            result = drive(ipndm(path, noise, logistic(path, calls), variable="angle"), _bound(path, denoise))
+            result = drive(ipndm(path, noise, logistic(path, calls), variable="angle"), Bound(path, denoise))
             ratios[str(calls)] = round(errors(result, reference)["median"] / theirs[calls]["median"], 4)
     return {"untrained": ratios, "peers": theirs, "guidance": settings.guidance}
-
-
-def _bound(path: NoisePath, denoise: Denoise) -> Any:
-    from sfumato.denoiser import Bound
-
-    return Bound(path, denoise)
 
 
 def _say(text: str) -> None:

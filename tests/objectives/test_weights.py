@@ -333,3 +333,10 @@ def test_the_loss_itself_is_that_integral(density, path, prediction, weight, bia
     spread = float((objective.factor(denoiser, loss.t) * loss.each).std()) / n**0.5
     assert abs(float(loss.value) - expected) < 4 * spread
     assert spread < 0.02 * expected  # so that the line above says something
+
+
+def test_snr_plus_one_has_an_end_where_it_is_given_one() -> None:
+    log_snr = torch.tensor([-4.0, 0.0, 2.0, 9.0], dtype=torch.float64)
+    plain, ended = SNRPlusOne()(log_snr), SNRPlusOne(most=20.0)(log_snr)
+    torch.testing.assert_close(ended[:3], plain[:3])
+    assert float(ended[3]) == 21 < float(plain[3])

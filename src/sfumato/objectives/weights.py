@@ -5,6 +5,7 @@ loss, which is min(SNR, gamma) / SNR for a noise-predicting network and t^2 min(
 linear path, without anyone having to know. Weights that are densities over log_snr say so (`per_log_snr`).
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -71,13 +72,18 @@ class TruncatedSNR:
 
 @dataclass(frozen=True)
 class SNRPlusOne:
-    """SNR + 1 on the x0 error: uniform in v on a variance-preserving path (Salimans & Ho 2022)."""
+    """SNR + 1 on the x0 error: uniform in v on a variance-preserving path (Salimans & Ho 2022).
 
+    most: SNR counts only up to it. A network that predicts x0 itself is never exact, so without an end its error at
+    very little noise outweighs all others.
+    """
+
+    most: float = math.inf
     space: ClassVar[Prediction | None] = X0
     per_log_snr: ClassVar[bool] = False
 
     def __call__(self, log_snr: Tensor) -> Tensor:
-        return torch.exp(log_snr) + 1
+        return torch.exp(log_snr).clamp(max=self.most) + 1
 
 
 @dataclass(frozen=True)
