@@ -464,3 +464,12 @@ def test_saving_overwrites_nothing(pipe: Pipeline, tmp_path: Path) -> None:
 def test_a_sheet_holds_all(pipe: Pipeline) -> None:
     sheet = pipe.sample(["a", "red", None], seeds=0).grid(columns=2)
     assert sheet.width >= 2 * 12 and sheet.height >= 2 * 8
+
+
+def test_a_weaker_model_or_part_of_this_one_guides(pipe: Pipeline, tmp_path: Path) -> None:
+    save_model(tmp_path / "weak", made(), {})
+    plain = pipe.sample(["a red circle"], guidance=1).images
+    same = pipe.sample(["a red circle"], guidance={"kind": "autoguidance", "model": str(tmp_path / "weak")}).images
+    assert np.abs(plain.astype(int) - same.astype(int)).max() <= 1  # the same model is no weaker
+    skipped = pipe.sample(["a red circle"], guidance={"kind": "skip_layers", "scale": 4.0, "blocks": [1]}).images
+    assert not np.array_equal(skipped, plain)

@@ -71,6 +71,7 @@ class Pipeline:
         self.device = pick_device(device) if isinstance(device, str) else device
         self.model = model.to(self.device).eval()
         self.precision = precision
+        self._variants: dict[str, torch.nn.Module] = {}
         self.tuned: dict[int, dict[str, Any]] = {}  # slots of samplers made for this model, by number of steps
         if compile:
             compile_net(self.model.net, self.device)
@@ -232,8 +233,12 @@ class Pipeline:
             raise self._explained(error, x) from error
 
     def _variant(self, name: str) -> Callable[..., Tensor]:
-        """The forward of a variant of the network: a weaker one of itself."""
-        answer = variant(self.model.denoiser, name)
+        """The forward of a variant: a weaker one of the network itself, or another model ("model:FOLDER")."""
+        if name not in self._variants:
+            kind, _, folder = name.partition(":")
+            other = load_model(model_folder(folder)).to(self.device) if kind == "model" else None
+            self._variants[name] = variant(self.model.denoiser, name) if other is None else other.denoiser
+        answer = self._variants[name]
 
         def forward(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
             with self._autocast():

@@ -22,7 +22,7 @@ def test_the_machine(sfumato: Command) -> None:
 
 def test_a_run(sfumato: Command, tiny_run: Path) -> None:
     outcome = sfumato("doctor", tiny_run, "--per-task", "1", "--device", "cpu", "--json")
-    assert outcome.code == 0, outcome.err
+    assert outcome.code == 1, outcome.err
     assert [one["name"] for one in outcome.data["findings"]] == MACHINE + MODEL
     assert outcome.data["ok"] is False  # a model of twenty steps does not listen yet
     assert "draws some pictures" in outcome.err
@@ -46,3 +46,13 @@ def test_runs_that_cannot_be_examined(sfumato: Command, tiny_run: Path, tmp_path
     outcome = sfumato("doctor", "alone", "--device", "cpu")
     assert (outcome.code, outcome.out) == (4, "")
     assert "does not tell its data" in outcome.err and "the folder with config.yaml" in outcome.err
+
+
+def test_a_fault_is_told_by_the_exit_code(sfumato: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sfumato import doctor
+
+    for state, code in (("fault", 1), ("warning", 0)):
+        monkeypatch.setattr(doctor, "environment", lambda folder, state=state: [doctor.Finding("disk", state, "none")])
+        assert sfumato("doctor").code == code
+        outcome = sfumato("doctor", "--json")
+        assert outcome.code == code and outcome.data["ok"] is (code == 0)

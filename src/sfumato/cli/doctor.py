@@ -15,7 +15,10 @@ def doctor(
     device: str = typer.Option("auto", "--device", help="cpu, cuda, mps, ..."),
     json: bool = typer.Option(False, "--json", help="As JSON."),
 ) -> None:
-    """Examine the machine, and of a run: does it listen to prompts, tell them apart, respond to guidance?"""
+    """Examine the machine, and of a run: does it listen to prompts, tell them apart, respond to guidance?
+
+    Exit code 1 if something is at fault.
+    """
     from rich.markup import escape
 
     from sfumato.doctor import environment, of_run
@@ -26,10 +29,12 @@ def doctor(
     if run is not None and pipeline is not None:
         say("examining the model; this draws some pictures")
         findings += of_run(run, pipeline, per_task=per_task)
+    ok = all(one.state != "fault" for one in findings)
     if json:
-        as_json({"ok": all(one.state != "fault" for one in findings), "findings": [one._asdict() for one in findings]})
-        return
-    for one in findings:
+        as_json({"ok": ok, "findings": [one._asdict() for one in findings]})
+    for one in [] if json else findings:
         out.print(f"{MARKS[one.state]} [bold]{one.name}[/]  {escape(one.seen)}", soft_wrap=True)
         if one.advice:
             out.print(f"    {escape(one.advice)}", soft_wrap=True)
+    if not ok:
+        raise typer.Exit(1)  # for scripts: something is wrong, and it is said above
