@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 from sfumato.catalogue import KINDS
+from sfumato.errors import ConfigError
+from sfumato.names import spelled_out
 from sfumato.registry import Problem, check
 
 
@@ -182,6 +184,13 @@ def slot_problems(raw: dict[str, Any]) -> Iterator[Problem]:
     """What is wrong with the slots of a raw configuration."""
     for where, kind_of in SLOTS.items():
         slot = dig(raw, where)
+        if slot is not None and where.startswith("sampling."):  # these have other names, too
+            try:
+                name = where.removeprefix("sampling.")
+                slot = spelled_out({name: slot})[name]
+            except ConfigError as error:
+                yield Problem(where, error.what, str(error.seen), str(error.fix))
+                continue
         if slot is not None and not (
             where.count(".") and where.startswith("objective")
         ):  # nested ones are checked by theirs

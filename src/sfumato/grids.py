@@ -57,6 +57,20 @@ def leading(path: Path, n: int, *, offset: int = 0, spare: bool = False, start: 
     return _at_indices(path, indices.clamp(max=steps - 1).flip(0))
 
 
+def lcm(path: Path, n: int, *, of: int = 50, start: float = 1.0) -> Tensor:
+    """Some of the indices of the `trailing` grid of `of` steps that a latent consistency model was distilled on.
+
+    They lie even among those, counted from the noise (Luo et al. 2023, appendix).
+    """
+    if n > of:
+        raise ConfigError(
+            "more steps than this model was distilled on", where="steps", seen=f"{n} of {of}", fix=f"{of}"
+        )
+    picked = [i * of // n for i in range(n)]
+    times = trailing(path, of, start=start)
+    return torch.cat([times[picked], times[-1:]])
+
+
 def linspace(path: Path, n: int, *, spare: bool = False, start: float = 1.0) -> Tensor:
     """Indices even from the last to the first, both included.
 

@@ -7,6 +7,7 @@ is remembered, so that an error can say it.
 
 import re
 from collections.abc import Hashable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, cast, get_args
 
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from sfumato.catalogue import KINDS, build
 from sfumato.config import SLOTS, Config, slot_problems
 from sfumato.errors import ConfigError, nearest
+from sfumato.names import spelled_out
 from sfumato.registry import Problem, options_of, target_of
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -51,7 +53,7 @@ def load_config(source: str, overrides: Iterable[str] = ()) -> Loaded:
     raw = _read(source, origins, ())
     raw.setdefault("name", Path(source).stem)
     for override in overrides:
-        over = _parsed(override)
+        over = _spelled(_parsed(override))
         raw = cast(dict[str, Any], merged(raw, over))
         _note(origins, leaves(over), "the command line")
     return Loaded(_checked(raw, source, origins), origins)
@@ -92,12 +94,21 @@ def _read(source: str, origins: dict[str, str], above: tuple[Path, ...]) -> dict
             seen="an empty file" if raw is None else type(raw).__name__,
             fix="extends: quickstart",
         )
+    raw = _spelled(raw)
     below = raw.pop("extends", None)
     base = _read(str(below), origins, (*above, path)) if below else {}
     base.pop("name", None)
     known = {recipe.path for recipe in recipes()}
     _note(origins, leaves(raw), f"recipe {path.stem}" if path in known else str(path))
     return merged(base, raw)
+
+
+def _spelled(raw: dict[str, Any]) -> dict[str, Any]:
+    """A layer in which the sampler and the grid have the catalogue's names; a wrong name stays, to be told of later."""
+    if isinstance(raw.get("sampling"), dict):
+        with suppress(ConfigError):
+            raw["sampling"] = spelled_out(raw["sampling"])
+    return raw
 
 
 def _text(path: Path) -> str:

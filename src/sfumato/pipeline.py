@@ -25,6 +25,7 @@ from sfumato.guidance import guided
 from sfumato.io.directory import load_model
 from sfumato.io.tuned import read_tuned
 from sfumato.model import Model, compile_net, pick_device
+from sfumato.names import TUNED, spelled_out
 from sfumato.nets.variants import variant
 from sfumato.paths import noised
 from sfumato.samplers import SeededNoise, Step, sample
@@ -35,7 +36,6 @@ from sfumato.starts import Begin, begin, known_where
 Prompt = str | int | Raw | None  # text, a label, the raw fields of a conditioner, or nothing
 Progress = Callable[[int, int], None]  # steps done, of how many
 
-TUNED = "tuned"  # the name of whatever `sfumato tune-sampler` made for this number of steps
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -78,8 +78,8 @@ class Pipeline:
 
     def settings(self, **changes: Any) -> Settings:
         """The model's recommended settings, with changes; None changes nothing. ConfigError for what cannot be."""
-        known = {field: value for field, value in self.model.spec["sampling"].items() if value is not None}
-        changes = {name: value for name, value in changes.items() if value is not None}
+        known = spelled_out({field: value for field, value in self.model.spec["sampling"].items() if value is not None})
+        changes = spelled_out({name: value for name, value in changes.items() if value is not None})
         if unknown := changes.keys() - Settings.__dataclass_fields__.keys():
             name = min(unknown)
             raise ConfigError(

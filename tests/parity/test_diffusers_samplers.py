@@ -18,9 +18,10 @@ from sfumato.paths import Linear, Tabulated
 from sfumato.samplers import Draw, drive
 from sfumato.samplers.adams import deis
 from sfumato.samplers.ancestral import euler_ancestral
-from sfumato.samplers.ddim import ddim, euler
+from sfumato.samplers.ddim import ddim
 from sfumato.samplers.ddpm import ddpm
 from sfumato.samplers.dpm_solver import dpmpp_2m, dpmpp_3m
+from sfumato.samplers.runge_kutta import euler
 from sfumato.samplers.sde_dpm_solver import sde_dpmpp
 from sfumato.samplers.unipc import unipc
 
@@ -107,7 +108,7 @@ def test_deterministic_samplers(name: str, start: Tensor) -> None:
         close(drive(ours(TABLE, start, times, **options), model()), state)
 
 
-def test_euler_in_the_noise_level_is_our_ddim(start: Tensor) -> None:
+def test_euler_in_the_noise_level(start: Tensor) -> None:
     """In x / alpha: their state starts at x / alpha of the first time."""
     scheduler = diffusers.EulerDiscreteScheduler(**COMMON, timestep_spacing="trailing")
     scheduler.set_timesteps(N)
@@ -117,7 +118,7 @@ def test_euler_in_the_noise_level_is_our_ddim(start: Tensor) -> None:
         seen = scheduler.scale_model_input(state, t)
         state = scheduler.step(noise_of(seen, float(t)), t, state).prev_sample
     times = TABLE.at(torch.cat([scheduler.timesteps.double(), torch.tensor([-1.0], dtype=torch.float64)]))
-    close(drive(ddim(TABLE, start, times), model()), state)
+    close(drive(euler(TABLE, start, times), model()), state)
 
 
 class Recorded:

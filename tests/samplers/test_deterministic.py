@@ -29,6 +29,7 @@ from sfumato.samplers import Ask, Job, drive, drive_many, sample
 OPTIONS = [(name, {}) for name in DETERMINISTIC] + [
     ("ipndm", {"variable": "sigma"}),
     ("ipndm", {"coefficients": "published"}),
+    ("euler", {"variable": "time"}),
     ("heun", {"variable": "time"}),
     ("rk4", {"variable": "sigma"}),
     ("rk4", {"variable": "angle"}),
@@ -39,7 +40,6 @@ OPTIONS = [(name, {}) for name in DETERMINISTIC] + [
     ("pndm", {"start": "runge_kutta"}),
     ("ddim_inversion", {"refine": 2}),
 ]
-OWN_TIME = {"euler"}  # solves in the path's own time by what it is
 
 
 def asked(name: str, path: Path, times: Tensor, **options: Any) -> tuple[list[float], Tensor]:
@@ -89,7 +89,7 @@ def test_one_step_to_the_data_is_the_answer_itself(name) -> None:
             assert SAMPLERS[name].calls > 2
 
 
-@pytest.mark.parametrize("name", [name for name in DETERMINISTIC if name not in OWN_TIME])
+@pytest.mark.parametrize("name", DETERMINISTIC)
 def test_it_is_the_same_on_every_path(name) -> None:
     """At the same noise levels and in the same units, whatever the path does with time and scale."""
     line = SAMPLERS[name]

@@ -1,7 +1,7 @@
 """DDIM and its kin: first-order steps of the probability-flow ODE, with any share of DDPM's noise, and backwards.
 
 DDIM (Song et al. 2021, eq. 12) keeps x0-hat and eps-hat of the current state and moves to the next noise level. On
-every path it is Euler's method in sigma / alpha; Euler in t agrees with it exactly on the linear path only.
+every path it is Euler's method in sigma / alpha (see `euler`); Euler in t agrees with it on the linear path only.
 """
 
 import torch
@@ -31,19 +31,6 @@ def ddim(path: Path, x: Tensor, times: Tensor, *, eta: float = 0.0) -> Running:
         else:  # what is left of the old noise keeps the variance at sigma^2
             kept = max(sigma[i + 1] ** 2 - fresh**2, 0.0) ** 0.5 / sigma[i]
             x = yield Draw(torch.add(x * kept, x0, alpha=alpha[i + 1] - kept * alpha[i]), fresh)
-    return x
-
-
-def euler(path: Path, x: Tensor, times: Tensor) -> Running:
-    """Euler's method on dx/dt = alpha' x0 + sigma' eps, in the path's own time (flow matching's sampler)."""
-    table = Table.of(path, times)
-    rates = [rate.tolist() for rate in path.rates(torch.tensor(table.t, dtype=torch.float64))]
-    for i in table.steps:
-        x0 = yield Ask(x, table.t[i])
-        h = table.t[i + 1] - table.t[i]
-        # velocity = alpha' x0 + sigma' (x - alpha x0) / sigma
-        per_x = rates[1][i] / table.sigma[i]
-        x = torch.add(x * (1 + h * per_x), x0, alpha=h * (rates[0][i] - per_x * table.alpha[i]))
     return x
 
 

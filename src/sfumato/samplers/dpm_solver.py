@@ -156,6 +156,14 @@ def _three(levels: Sequence[float], end: float, share: float, noise: bool) -> li
 def _single(path: Path, x: Tensor, times: Tensor, shares: Sequence[float], form: Form, noise: bool) -> Running:
     """The single-step methods that ask at these shares of a step."""
     checked_choice("form", form, ("midpoint", "heun"))
+    checked_shares(shares)
+    table = Table.of(path, times)
+    plans = [single_plan(path, table, i, table.t[i + 1], shares, form, noise) for i in table.steps]
+    return (yield from single_steps(x, plans))
+
+
+def checked_shares(shares: Sequence[float]) -> None:
+    """ConfigError if a step cannot be asked at these shares of it."""
     if not all(low < high for low, high in zip([0.0, *shares], [*shares, 1.0 + 1e-9], strict=True)):
         raise ConfigError(
             "a step is asked at rising shares of it, from 0 to 1",
@@ -163,19 +171,21 @@ def _single(path: Path, x: Tensor, times: Tensor, shares: Sequence[float], form:
             seen=", ".join(f"{r:g}" for r in shares),
             fix="r=0.5, or r1=1/3 and r2=2/3",
         )
-    table = Table.of(path, times)
+
+
+def single_plan(
+    path: Path, table: Table, i: int, end: float, shares: Sequence[float], form: Form, noise: bool
+) -> SingleStep:
+    """One step from time i of a table to the time `end`; DDIM's where half log_snr is infinite at either."""
+    both = Table.of(path, torch.tensor([table.t[i], end], dtype=torch.float64))
+    level, to = both.half_log_snr
+    if not (math.isfinite(level) and math.isfinite(to)):
+        return ddim_single(both, 0)
+    levels = torch.tensor([level + r * (to - level) for r in shares], dtype=torch.float64)
+    inside = path.time(2 * levels).tolist()
+    nodes = Table.of(path, torch.tensor([table.t[i], *inside, end], dtype=torch.float64))
     make = _second if len(shares) == 1 else _third
-    plans = []
-    for i in table.steps:
-        level, end = table.half_log_snr[i : i + 2]
-        if not (math.isfinite(level) and math.isfinite(end)):
-            plans.append(ddim_single(table, i))
-            continue
-        levels = torch.tensor([level + r * (end - level) for r in shares], dtype=torch.float64)
-        inside = path.time(2 * levels).tolist()
-        nodes = Table.of(path, torch.tensor([table.t[i], *inside, table.t[i + 1]], dtype=torch.float64))
-        plans.append(_planned(nodes, make(shares, end - level, form, noise), noise))
-    return (yield from single_steps(x, plans))
+    return _planned(nodes, make(shares, to - level, form, noise), noise)
 
 
 def _planned(nodes: Table, rows: Sequence[Sequence[float]], noise: bool) -> SingleStep:

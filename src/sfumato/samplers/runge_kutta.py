@@ -1,4 +1,4 @@
-"""Runge-Kutta methods: the classical one of fourth order, and Dormand and Prince's with a step that adapts.
+"""Runge-Kutta methods: Euler's, the classical one of fourth order, and Dormand and Prince's with a step that adapts.
 
 A step is several questions and keeps no past, so these are for flows that are worth solving well: reflow's pairs,
 likelihoods, references. Nothing may be asked at the data, where sigma = 0, so the step that lands there is one of third
@@ -38,6 +38,7 @@ class Tableau(NamedTuple):
     error: tuple[float, ...] = ()
 
 
+EULER = Tableau((0,), ((),), (1,))
 HEUN = Tableau((0, 1), ((), (1,)), (1 / 2, 1 / 2))
 RK4 = Tableau((0, 1 / 2, 1 / 2, 1), ((), (1 / 2,), (0, 1 / 2), (0, 0, 1)), (1 / 6, 1 / 3, 1 / 3, 1 / 6))
 LANDING = Tableau(  # third order; the midpoint rule, of second, is embedded in it
@@ -57,6 +58,16 @@ DORMAND_PRINCE = Tableau(  # Dormand & Prince 1980; its last stage is asked at t
     (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84, 0),
     (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40),
 )
+
+
+def euler(path: Path, x: Tensor, times: Tensor, *, variable: Variable = "sigma") -> Running:
+    """Euler's method for the probability-flow ODE.
+
+    variable: what it is solved in, see `Frame`. "sigma" is k-diffusion's, which is DDIM on every path; "time" is
+    dx/dt = alpha' x0 + sigma' eps in the path's own time. On the linear path, that of flow matching, both are one.
+    """
+    table = Table.of(path, times)
+    return (yield from single_steps(x, [runge_kutta_step(path, table, i, EULER, variable) for i in table.steps]))
 
 
 def rk4(path: Path, x: Tensor, times: Tensor, *, variable: Variable = "auto") -> Running:

@@ -14,16 +14,18 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sfumato.nets.layers import BF16_ARITHMETIC
+
 QUINTIC = (3.4445, -4.7750, 2.0315)  # steepest at zero: singular values of 0.01 arrive at 0.7 to 1.2 in five steps
 
 
 def orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
     """U V^T of each matrix of a batch (N, rows, columns), to about 20%, by Newton-Schulz iterations.
 
-    In bfloat16 on an accelerator; in float32 on a CPU, many of which have no bfloat16 arithmetic and crawl through it.
+    In bfloat16, but in float32 on a CPU that has no bfloat16 arithmetic, and crawls through it.
     """
     a, b, c = QUINTIC
-    x = matrices.to(torch.float32 if matrices.device.type == "cpu" else torch.bfloat16)
+    x = matrices.to(torch.bfloat16 if matrices.device.type != "cpu" or BF16_ARITHMETIC else torch.float32)
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
