@@ -219,3 +219,10 @@ def test_options_that_cannot_be_are_refused(slot: dict[str, object]) -> None:
     path = Linear()
     with pytest.raises(ConfigError):
         drive(build(slot, "Sampler")(path, begun(path, 2), linear(path, 4)), DATA.denoiser(path))
+
+
+def test_noise_that_runs_out_is_an_error_and_not_an_end() -> None:
+    used = iter([torch.zeros(1, 1, dtype=torch.float64)])
+    running = SAMPLERS["ddpm"].fn(PATHS["linear"], torch.ones(1, 1, dtype=torch.float64), linear(PATHS["linear"], 5))
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        drive(running, DATA.denoiser(PATHS["linear"]), lambda like: next(used))

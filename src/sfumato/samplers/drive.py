@@ -21,17 +21,18 @@ def sample(running: Running, denoise: Denoise, noise: Noise = torch.randn_like) 
     """
     answer: Tensor | None = None
     drawn: Draw | None = None
-    try:
-        while True:
+    while True:
+        try:
             asked = next(running) if answer is None else running.send(answer)
-            if isinstance(asked, Draw):
-                answer, drawn = drawn_from(asked, noise), asked
-                continue
-            answer = denoise(asked.x, asked.t, **_asking(asked, denoise))
-            yield Step(asked.t, asked.x, _x0(asked, answer), drawn)
-            drawn = None
-    except StopIteration as end:
-        yield Step(0.0, end.value, end.value, drawn)
+        except StopIteration as end:
+            yield Step(0.0, end.value, end.value, drawn)
+            return
+        if isinstance(asked, Draw):
+            answer, drawn = drawn_from(asked, noise), asked
+            continue
+        answer = denoise(asked.x, asked.t, **_asking(asked, denoise))
+        yield Step(asked.t, asked.x, _x0(asked, answer), drawn)
+        drawn = None
 
 
 def drive(running: Running, denoise: Denoise, noise: Noise = torch.randn_like) -> Tensor:
@@ -83,14 +84,17 @@ def drive_many(jobs: Sequence[Job], forward: Forward, variants: Variants | None 
 
 def _advance(i: int, job: Job, answer: Tensor | None, asks: dict[int, Ask], results: dict[int, Tensor]) -> None:
     """Send an answer to job i, draw what it wants drawn, and note its next question, or its result."""
-    try:
-        asked = next(job.running) if answer is None else job.running.send(answer)
-        while isinstance(asked, Draw):
-            asked = job.running.send(drawn_from(asked, job.noise))
-        asks[i] = asked
-    except StopIteration as end:
-        asks.pop(i, None)
-        results[i] = end.value
+    while True:
+        try:
+            asked = next(job.running) if answer is None else job.running.send(answer)
+        except StopIteration as end:
+            asks.pop(i, None)
+            results[i] = end.value
+            return
+        if isinstance(asked, Ask):
+            asks[i] = asked
+            return
+        answer = drawn_from(asked, job.noise)
 
 
 def _answers(
