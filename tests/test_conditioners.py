@@ -182,6 +182,14 @@ def test_the_most_frequent_words_are_kept() -> None:
     assert conditioner.table.weight.shape == (4, 8)
 
 
+def test_captions_that_are_cut_and_words_that_are_dropped_are_told_of() -> None:
+    conditioner = prompts(Captions("a b c", "a b", "a"), length=2, vocabulary=4)
+    cut, dropped = conditioner.notes
+    assert cut.startswith("1 of 3 captions are cut after 2 words") and cut.endswith("model.conditioner.length=3")
+    assert dropped.startswith("1 rare words")
+    assert prompts(Captions("a b"), length=2).notes == () and prompts(Scenes(), length=14).notes == ()
+
+
 def test_every_word_of_scenes_is_known() -> None:
     data = Scenes(rich=0.3)
     conditioner = prompts(data, length=64)

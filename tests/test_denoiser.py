@@ -337,6 +337,12 @@ def test_conditions_of_equal_length_are_stacked() -> None:
     assert joined([{}, {}]) == {}
 
 
+def test_padding_is_masked_where_there_was_no_mask() -> None:
+    both = joined([{"context": torch.ones(1, 2, 3)}, {"context": torch.ones(2, 4, 3)}])
+    assert both["context_mask"].tolist() == [[True, True, False, False], [True] * 4, [True] * 4]
+    assert "context_mask" not in joined([{"context": torch.ones(1, 2, 3)}] * 2)
+
+
 def test_longer_contexts_decide_and_masks_tell_what_is_padding() -> None:
     def cond(rows: int, length: int) -> dict[str, Tensor]:
         mask = torch.arange(length) < torch.tensor([[length], [length - 1]])[:rows]

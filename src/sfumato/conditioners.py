@@ -33,9 +33,11 @@ class Conditioner(nn.Module):
     """The base of all conditioners.
 
     fields: the raw fields it reads. context_dim, pooled_dim, classes: what its answers hold, 0 where they do not.
+    notes: what a person should know of the data that it was prepared for.
     """
 
     fields: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     context_dim = pooled_dim = classes = 0
 
     def forward(self, raw: Sequence[Raw]) -> Cond:
@@ -207,10 +209,12 @@ class Prompts(Conditioner):
                 )
 
     def prepare(self, source: Source) -> None:
-        splitter, counts = _tokenizer({PAD: 0, UNKNOWN: 1}), Counter[str]()
+        splitter, counts, lengths = _tokenizer({PAD: 0, UNKNOWN: 1}), Counter[str](), Counter[int]()
         for caption in source.captions():
             text = splitter.normalizer.normalize_str(caption)
-            counts.update(word for word, _ in splitter.pre_tokenizer.pre_tokenize_str(text))
+            words = [word for word, _ in splitter.pre_tokenizer.pre_tokenize_str(text)]
+            counts.update(words)
+            lengths[len(words)] += 1
         if not counts:
             raise DataError(
                 "the data has no captions to learn words from",
@@ -220,7 +224,19 @@ class Prompts(Conditioner):
             )
         by_count = sorted(counts, key=lambda word: (-counts[word], word))  # of equals, not whichever came first
         kept = sorted(by_count[: self.vocabulary - 2])
+        self.notes = self._told(lengths, len(counts) - len(kept))
         self._adopt({PAD: 0, UNKNOWN: 1} | {word: i + 2 for i, word in enumerate(kept)})
+
+    def _told(self, lengths: Mapping[int, int], dropped: int) -> tuple[str, ...]:
+        notes, longer = [], sum(n for words, n in lengths.items() if words > self.length)
+        if longer:
+            share = f"{longer:,} of {sum(lengths.values()):,} captions are cut after {self.length} words"
+            notes.append(f"{share}; to read all: model.conditioner.length={max(lengths)}")
+        if dropped:
+            notes.append(
+                f"{dropped:,} rare words are unknown to this model; to keep more: model.conditioner.vocabulary"
+            )
+        return tuple(notes)
 
     def files(self) -> dict[str, bytes]:
         return {"tokenizer.json": self.tokenizer.to_str(pretty=True).encode()}
@@ -258,6 +274,7 @@ class Joined(Conditioner):
     context_dim = property(lambda self: max(part.context_dim for part in self.parts))  # type: ignore[assignment]
     pooled_dim = property(lambda self: max(part.pooled_dim for part in self.parts))  # type: ignore[assignment]
     classes = property(lambda self: max(part.classes for part in self.parts))  # type: ignore[assignment]
+    notes = property(lambda self: tuple(note for part in self.parts for note in part.notes))  # type: ignore[assignment]
 
     def forward(self, raw: Sequence[Raw]) -> Cond:
         answers: dict[str, Tensor] = {}

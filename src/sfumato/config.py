@@ -189,7 +189,7 @@ def slot_problems(raw: dict[str, Any]) -> Iterator[Problem]:
                 name = where.removeprefix("sampling.")
                 slot = spelled_out({name: slot})[name]
             except ConfigError as error:
-                yield Problem(where, error.what, str(error.seen), str(error.fix))
+                yield Problem(where, error.what.removeprefix(f"{name} "), str(error.seen), str(error.fix))
                 continue
         if slot is not None and not (
             where.count(".") and where.startswith("objective")

@@ -16,6 +16,7 @@ from sfumato.errors import ConfigError
 from sfumato.paths import Path, Tabulated, along, log_snr
 from sfumato.predictions import Prediction
 
+MASK = "context_mask"  # which vectors of a "context" count
 VARIANCE = "x0_variance"  # the answer that holds more than x0
 
 Cond = Mapping[str, Tensor]  # the network's keyword arguments; every tensor has the batch first
@@ -161,12 +162,20 @@ def on_path(denoise: Denoise, new: Path) -> Bound:
 
 
 def joined(conds: Sequence[Cond]) -> Cond:
-    """Several conditions as one batch. Contexts of unequal length are padded with zeros, their masks with False."""
+    """Several conditions as one batch. Contexts of unequal length are padded with zeros, their masks with False; where
+    there are none, masks are made, so that no padding is attended to.
+    """
     keys = conds[0].keys()
     if any(cond.keys() != keys for cond in conds):
         names = " and ".join(sorted({"{" + ", ".join(sorted(cond)) + "}" for cond in conds}))
         raise ConfigError("conditions of different kinds cannot share a batch", where="cond", seen=names)
-    return {key: _stacked([cond[key] for cond in conds]) for key in keys}
+    if "context" in keys and MASK not in keys and len({cond["context"].shape[1] for cond in conds}) > 1:
+        whole = [cond["context"] for cond in conds]
+        conds = [
+            {**cond, MASK: one.new_ones(one.shape[:2], dtype=torch.bool)}
+            for cond, one in zip(conds, whole, strict=True)
+        ]
+    return {key: _stacked([cond[key] for cond in conds]) for key in conds[0]}
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:

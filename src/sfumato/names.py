@@ -23,7 +23,7 @@ class Known(NamedTuple):
     grid: Slot | None = None
 
 
-# Spelled as `_plain` leaves them: small letters, "++" as "pp", words joined by "_", without "k_" and "sample_" in front.
+# Spelled as `_plain` leaves them: small letters, "++" as "pp", words joined by "_", no "k_" or "sample_" in front.
 SAMPLER_NAMES: dict[str, Slot] = {
     "euler_a": {"kind": "euler_ancestral"},
     "euler_discrete": {"kind": "euler"},
@@ -105,7 +105,7 @@ def sampler_named(asked: Any) -> Known:
         if slot is not None:
             return Known(slot, grid_named(end))
     known_names = [*SAMPLERS, *SAMPLER_NAMES, *CLASSES]
-    raise ConfigError("unknown sampler", where="sampler", seen=asked, fix=_nearest(asked, known_names))
+    raise ConfigError("sampler is not known", where="sampler", seen=asked, fix=_nearest(asked, known_names))
 
 
 def grid_named(asked: Any) -> Slot:
@@ -122,7 +122,7 @@ def grid_named(asked: Any) -> Slot:
         return {"kind": plain}
     if plain in GRID_NAMES:
         return dict(GRID_NAMES[plain])
-    raise ConfigError("unknown grid", where="grid", seen=asked, fix=_nearest(asked, [*GRIDS, *GRID_NAMES]))
+    raise ConfigError("grid is not known", where="grid", seen=asked, fix=_nearest(asked, [*GRIDS, *GRID_NAMES]))
 
 
 def _sampler(plain: str) -> Slot | None:
@@ -149,7 +149,7 @@ def _nearest(asked: str, known: list[str]) -> str:
 def _of_diffusers(name: str, config: Mapping[str, Any]) -> Known:
     if name not in CLASSES:
         raise ConfigError(
-            "an unknown scheduler of diffusers", where="sampler", seen=name, fix=_nearest(name, list(CLASSES))
+            "scheduler of diffusers is not known", where="sampler", seen=name, fix=_nearest(name, list(CLASSES))
         )
     sampler, spacing = CLASSES[name]
     return Known(sampler(config), _grid_of(config, spacing))

@@ -4,12 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from tests.parity.test_diffusers_samplers import COMMON, TABLE, model, noise_of
 from torch import Tensor
 
 from sfumato.denoiser import Bound
 from sfumato.exact import Gaussian
-from sfumato.grids import trailing, uniform_log_snr
-from sfumato.paths import Linear, Path, Tabulated, VarianceExploding
+from sfumato.grids import uniform_log_snr
+from sfumato.paths import Linear, Path, VarianceExploding
 from sfumato.samplers import drive
 from sfumato.samplers.adams import lms
 from sfumato.samplers.ancestral import dpm_2_ancestral
@@ -18,7 +19,6 @@ from sfumato.samplers.dpm_solver import dpm_2, dpmpp_2m, dpmpp_2s, dpmpp_3m
 from sfumato.samplers.heun import heun
 from sfumato.samplers.pndm import pndm
 from sfumato.samplers.sde_dpm_solver import sde_dpmpp
-from tests.parity.test_diffusers_samplers import COMMON, TABLE, model, noise_of
 
 diffusers = pytest.importorskip("diffusers")
 

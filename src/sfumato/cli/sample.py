@@ -19,7 +19,7 @@ def sample(
     sampler: str | None = typer.Option(
         None,
         "--sampler",
-        help="ddim, heun, unipc, ...: any of `sfumato bench samplers`, tuned, or your own module:Name.",
+        help="ddim, unipc, 'DPM++ 2M Karras', ...; tuned; a scheduler_config.json; or your own module:Name.",
     ),
     times: str | None = typer.Option(None, "--times", help="The grid of times: linear, karras, shifted, ..."),
     guidance: str | None = typer.Option(
@@ -84,10 +84,18 @@ def sample(
 
 
 def slot(text: str | None) -> Any:
-    """An option that is a number, a name, or a mapping with `kind`, as in a configuration."""
+    """An option that is a number, a name, a mapping with `kind`, as in a configuration, or a file of JSON with one."""
     from sfumato.overlay import parse_yaml
 
-    return None if text is None else parse_yaml(text, "the command line")
+    if text is None:
+        return None
+    if not text.endswith(".json"):
+        return parse_yaml(text, "the command line")
+    try:
+        return parse_yaml(Path(text).read_text(encoding="utf-8"), text)
+    except (OSError, UnicodeDecodeError) as error:
+        fix = "a scheduler_config.json"
+        raise ConfigError("this file cannot be read", where=text, seen=str(error), fix=fix) from None
 
 
 def read_lines(file: Path) -> list[str]:

@@ -345,6 +345,8 @@ class Run:
         self.log.say(
             f"{self.config.name}: {millions:.1f}M weights, {data}, on {self.device} in {self.config.precision}"
         )
+        for note in self.model.conditioner.notes if self.model.conditioner is not None else ():
+            self.log.say(note)
         if self.loader.holdout < (asked := self.config.validate_.holdout):
             self.log.say(f"holding out {self.loader.holdout} pictures, not {asked}: there are {len(self.dataset)}")
         if self.config.validate_.every and self.validation is None:

@@ -286,5 +286,5 @@ _SPEAKERS = {
 
 
 def every_word() -> Iterator[str]:
-    """A text that holds the whole vocabulary."""
-    yield " ".join(VOCABULARY)
+    """Texts that hold the whole vocabulary, a word each."""
+    yield from VOCABULARY
