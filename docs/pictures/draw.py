@@ -1,9 +1,16 @@
-"""Draws the pictures of the documentation that follow from the library alone: python docs/pictures/draw.py"""
+"""Draws the pictures of the documentation.
 
+python docs/pictures/draw.py                      # those that follow from the library alone
+python docs/pictures/draw.py runs/quickstart      # and those of a trained model
+"""
+
+import sys
 from pathlib import Path as File
 
 import torch
 
+from sfumato import load
+from sfumato.bench import samplers as measured
 from sfumato.catalogue import build
 from sfumato.data.scenes import Scenes
 from sfumato.data.sheet import sheet
@@ -11,6 +18,16 @@ from sfumato.paths import log_snr
 from sfumato.train.curves import Curve, plot
 
 HERE = File(__file__).parent
+PROMPT = "a red circle left of a blue square"
+SAMPLERS = ("ddim", "dpmpp_2m", "ipndm", "euler_ancestral")
+STEPS = (3, 4, 6, 8, 12, 20, 40)
+SCALES = (1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
+GUIDANCES: dict[str, dict[str, object]] = {
+    "cfg": {"kind": "cfg"},
+    "cfg, 0.3 to 5": {"kind": "cfg", "interval": [0.3, 5.0]},
+    "cfg_zero": {"kind": "cfg_zero"},
+    "apg": {"kind": "apg"},
+}
 SHOWN = {
     "linear": "linear",
     "cosine": "cosine",
@@ -36,6 +53,36 @@ def paths() -> None:
     plot(HERE / "paths.png", "log_snr = log(alpha^2 / sigma^2)", curves, "time (0 data, 1 noise)")
 
 
+def errors() -> None:
+    """Error against calls of some samplers on the mixture whose solution is known."""
+    found = measured(("ddim", "heun", "dpmpp_2m", "unipc", "deis", "ipndm", "rk4"), paths=["tabulated"])
+    curves = []
+    for name, row in found.items():
+        error = next(iter(row.error.values()))
+        curves.append(Curve(name, [float(calls) for calls in error], list(error.values())))
+    plot(HERE / "samplers-errors.png", "median error on the exact mixture", curves, "calls of the network", log_y=True)
+
+
+def of_a_model(run: str) -> None:
+    """One noise and prompt by several samplers at several numbers of steps, and by several guidances and scales."""
+    pipeline = load(run)
+    drawn, said = [], []
+    for sampler in SAMPLERS:
+        for steps in STEPS:
+            drawn.append(pipeline.sample(PROMPT, sampler=sampler, grid="logistic", steps=steps, seeds=3).images[0])
+            said.append(f"{sampler} {steps}")
+    sheet(drawn, said, columns=len(STEPS)).save(HERE / "samplers-steps.png", optimize=True)
+    drawn, said = [], []
+    for name, slot in GUIDANCES.items():
+        for scale in SCALES:
+            drawn.append(pipeline.sample(PROMPT, guidance={**slot, "scale": scale}, steps=20, seeds=3).images[0])
+            said.append(f"{name} {scale:g}")
+    sheet(drawn, said, columns=len(SCALES)).save(HERE / "guidances.png", optimize=True)
+
+
 if __name__ == "__main__":
     scenes()
     paths()
+    errors()
+    for one in sys.argv[1:]:
+        of_a_model(one)

@@ -155,7 +155,7 @@ SAMPLERS = {
     "ddim_inversion": Sampler("sfumato.samplers.ddim:ddim_inversion", order=1, inverse=True),
 }
 NETS = {"unet": "sfumato.nets.unet:UNet", "dit": "sfumato.nets.dit:DiT"}
-CODECS = {"pixels": "sfumato.codecs:Pixels"}
+CODECS = {"pixels": "sfumato.codecs:Pixels", "latents": "sfumato.codecs:Latents"}
 CONDITIONERS = {
     "labels": "sfumato.conditioners:Labels",
     "prompts": "sfumato.conditioners:Prompts",

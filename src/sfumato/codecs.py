@@ -4,13 +4,16 @@ A codec owns every normalisation: pictures are (B, 3, H, W) in [-1, 1] on one si
 network works on, of about unit variance. It may fold space into channels and it may have weights.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import inf
 from typing import ClassVar, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from sfumato.errors import ConfigError
+from sfumato.nets.autoencoder import Autoencoder, AutoencoderConfig
 
 
 class Codec(Protocol):
@@ -47,3 +50,118 @@ class Pixels:
 
     def decode(self, x: Tensor) -> Tensor:
         return (x if self.scale == 1 else x / self.scale).clamp(-1, 1)
+
+
+class Latents(nn.Module):
+    """Latent diffusion: the mean of an autoencoder's latents, shifted and scaled to about unit variance; frozen.
+
+    weights: a diffusers folder (`vae`), or a single file that holds an autoencoder, read when a run starts; its shape,
+    scale and shift are then taken from there, and what is kept with the model needs no such file any more.
+    channels to quant: see `AutoencoderConfig`. scale, shift: z = (latent - shift) * scale, a number or one a channel;
+    Stable Diffusion's 0.18215 and 0, SDXL's 0.13025 and 0, SD3's 1.5305 and 0.0609, FLUX's 0.3611 and 0.1159.
+    tile: places a side of the latent map beyond which pictures are encoded and decoded in overlapping tiles, whose
+    memory does not grow with the picture; 0 is never. Group norms see one tile at a time, so tiles differ a little from
+    the whole.
+    """
+
+    def __init__(
+        self,
+        *,
+        weights: str | None = None,
+        channels: tuple[int, ...] = (128, 256, 512, 512),
+        latent: int = 4,
+        blocks: int = 2,
+        groups: int = 32,
+        attention: bool = True,
+        quant: bool = True,
+        scale: float | tuple[float, ...] = 0.18215,
+        shift: float | tuple[float, ...] = 0.0,
+        tile: int = 0,
+    ) -> None:
+        super().__init__()
+        config = AutoencoderConfig(
+            latent=latent, channels=tuple(channels), blocks=blocks, groups=groups, attention=attention, quant=quant
+        )
+        self.autoencoder = Autoencoder(config).requires_grad_(False).eval()
+        self.weights_from = weights
+        for name, given in (("scale", scale), ("shift", shift)):
+            numbers = torch.tensor([given] if isinstance(given, (int, float)) else list(given), dtype=torch.float32)
+            if len(numbers) not in (1, latent) or not bool(numbers.isfinite().all()):
+                seen = f"{len(numbers)} numbers for {latent} channels"
+                raise ConfigError(f"{name} is one number, or one a channel", where=f"model.codec.{name}", seen=seen)
+            self.register_buffer(name, numbers[:, None, None], persistent=False)
+        if not bool((self.scale > 0).all()):
+            raise ConfigError("a scale is above 0", where="model.codec.scale", seen=str(scale), fix="scale=0.18215")
+        if tile and tile < 8:
+            raise ConfigError("a tile is 8 places or more a side", where="model.codec.tile", seen=str(tile), fix="64")
+        self.tile = tile
+        self.eval()
+
+    scale: Tensor
+    shift: Tensor
+
+    @property
+    def channels(self) -> int:
+        return self.autoencoder.config.latent
+
+    def shape(self, height: int, width: int) -> tuple[int, int, int]:
+        factor = self.autoencoder.config.factor
+        if height % factor or width % factor:
+            near = "x".join(str(max(factor, round(side / factor) * factor)) for side in (height, width))
+            raise ConfigError(
+                f"this autoencoder takes sizes that are multiples of {factor}",
+                where="data.size",
+                seen=f"{height}x{width}",
+                fix=near,
+            )
+        return self.channels, height // factor, width // factor
+
+    def encode(self, images: Tensor) -> Tensor:
+        factor = self.autoencoder.config.factor
+        z = self._tiled(lambda part: self.autoencoder.encode(part).mean, images, factor, 1, self.channels)
+        return (z - self.shift) * self.scale
+
+    def decode(self, x: Tensor) -> Tensor:
+        z = x / self.scale + self.shift
+        colours = self.autoencoder.config.in_channels
+        return self._tiled(self.autoencoder.decode, z, 1, self.autoencoder.config.factor, colours).clamp(-1, 1)
+
+    def train(self, mode: bool = True) -> "Latents":
+        """Stays in evaluation mode, whatever becomes of the network: it is frozen."""
+        return super().train(False)
+
+    def _tiled(self, half: Callable[[Tensor], Tensor], x: Tensor, down: int, up: int, channels: int) -> Tensor:
+        """`half` of the autoencoder, whole or tile by tile, blended where tiles overlap by a quarter.
+
+        down, up: how much smaller or larger its answer is. The tile's side is in places of the latent map.
+        """
+        height, width = x.shape[2] // down, x.shape[3] // down
+        if not self.tile or max(height, width) <= self.tile:
+            return half(x)
+        out = x.new_zeros(len(x), channels, height * up, width * up)
+        total = x.new_zeros(1, 1, height * up, width * up)
+        for top, bottom in _spans(height, self.tile):
+            for left, right in _spans(width, self.tile):
+                part = half(x[:, :, top * down : bottom * down, left * down : right * down])
+                weight = _ramp(part.shape[2], x.device)[:, None] * _ramp(part.shape[3], x.device)
+                rows, columns = slice(top * up, bottom * up), slice(left * up, right * up)
+                out[:, :, rows, columns] += part * weight
+                total[:, :, rows, columns] += weight
+        return out / total
+
+
+def _spans(length: int, tile: int) -> Iterator[tuple[int, int]]:
+    """Where tiles begin and end along a side: all of one size, overlapping by a quarter at least."""
+    if length <= tile:
+        yield 0, length
+        return
+    count = -(-(length - tile) // (tile * 3 // 4)) + 1
+    for i in range(count):
+        start = round(i * (length - tile) / (count - 1))
+        yield start, start + tile
+
+
+def _ramp(length: int, device: torch.device) -> Tensor:
+    """Weights along a side of a tile: one in its middle, falling over a quarter towards both edges, never zero."""
+    edge = torch.arange(1, length + 1, dtype=torch.float32, device=device) / max(length // 4, 1)
+    return torch.minimum(edge, edge.flip(0)).clamp(max=1)

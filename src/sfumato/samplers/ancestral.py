@@ -56,8 +56,8 @@ def dpmpp_sde(path: Path, x: Tensor, times: Tensor, *, r: float = 0.5, eta: floa
     inner = [_inside(path, table, i, r, eta) for i in table.steps]
     for i in table.steps:
         x0 = yield Ask(x, table.t[i])
-        if inner[i] is not None:
-            t, move = inner[i]
+        if (inside := inner[i]) is not None:
+            t, move = inside
             state = yield Draw(move.mean(x, x0), move.std * noise)
             x0 = torch.lerp(x0, (yield Ask(state, t)), 1 / (2 * r))
         move = _move(table, i, eta)

@@ -20,6 +20,7 @@ from sfumato.config import Config
 from sfumato.data.loader import Batch, Loader
 from sfumato.errors import CheckpointError, ConfigError, DataError, Interrupted, MachineError
 from sfumato.io.directory import save_model
+from sfumato.io.pretrained import codec_from, fill_codec
 from sfumato.model import build_model, compile_net, pick_device
 from sfumato.overlay import resolved
 from sfumato.train import checkpoint
@@ -109,8 +110,11 @@ class Run:
         """The parts, freshly initialised; a conditioner's vocabulary is that of the checkpoint, if there is one."""
         config = self.config
         torch.manual_seed(key(config.seed, "weights"))
-        spec = {"model": self.section["model"], "size": list(self.dataset.shape), "sampling": self.section["sampling"]}
+        codec, weights = codec_from(self.section["model"]["codec"])
+        section = {**self.section["model"], "codec": codec}
+        spec = {"model": section, "size": list(self.dataset.shape), "sampling": self.section["sampling"]}
         self.model = build_model(spec, self.dataset, None if state is None else state.files)
+        fill_codec(self.model.codec, weights)
         self.model.to(self.device).train()
         self.weights = self.model.trained()
         self.optimizer = build_optimizer(self.model, config)

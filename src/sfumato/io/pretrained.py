@@ -1,0 +1,140 @@
+"""Checkpoints of others on disk: their tensors, from a folder or a single file, and what they are in this library.
+
+Safetensors are read as they are, sharded ones by their index. Pickles (`.ckpt`, `.pt`, `.pth`) are read with torch's
+`weights_only`, which runs no code from the file. A folder of diffusers also brings a config; a single file does not, so
+what a shape cannot tell (the scale of its latents) is that of Stable Diffusion 1 unless it is said.
+"""
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.errors import CheckpointError
+from sfumato.io.directory import read_weights
+from sfumato.io.families import autoencoder
+from sfumato.io.keymap import renamed, some
+
+NAMES = ("diffusion_pytorch_model", "model")  # of weights in a folder, before .safetensors and the like
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, or of the weights in a folder. CheckpointError where there are none to be read."""
+    path = Path(path).expanduser()
+    if path.is_dir():
+        return _folder(path)
+    if not path.is_file():
+        raise CheckpointError(
+            "there is no such file or folder", where=str(path), fix="a folder of diffusers, or a file"
+        )
+    if path.suffix in PICKLES:
+        return _unpickled(path)
+    return read_weights(path)
+
+
+def _folder(path: Path) -> dict[str, Tensor]:
+    for name in NAMES:
+        for variant in ("", ".fp16", ".bf16"):
+            index = path / f"{name}.safetensors.index{variant}.json"
+            if index.is_file():
+                return _shards(index)
+            if (whole := path / f"{name}{variant}.safetensors").is_file():
+                return read_weights(whole)
+        if (old := path / f"{name}.bin").is_file():
+            return _unpickled(old)
+    seen = some(one.name for one in path.iterdir()) or "an empty folder"
+    raise CheckpointError("this folder holds no weights", where=str(path), seen=seen, fix=f"{NAMES[0]}.safetensors")
+
+
+def _shards(index: Path) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    table = _json(index).get("weight_map", {})
+    for file in sorted(set(table.values())):
+        state |= read_weights(index.parent / file)
+    if missing := table.keys() - state.keys():
+        raise CheckpointError("shards lack weights that their index lists", where=str(index), seen=some(missing))
+    return state
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        seen = str(error).splitlines()[0]
+        fix = "a safetensors file; code inside a file is never run"
+        raise CheckpointError("a pickle cannot be read", where=str(path), seen=seen, fix=fix) from None
+    while isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
+        found = found["state_dict"]
+    tensors = (
+        {key: value for key, value in found.items() if isinstance(value, Tensor)} if isinstance(found, dict) else {}
+    )
+    if not tensors:
+        raise CheckpointError("a pickle holds no weights", where=str(path), seen=type(found).__name__)
+    return tensors
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError("a description cannot be read", where=str(path), seen=str(error)) from None
+    if not isinstance(said, dict):
+        raise CheckpointError("a description is no mapping", where=str(path), seen=type(said).__name__)
+    return said
+
+
+def codec_from(slot: Any) -> tuple[Any, dict[str, Tensor]]:
+    """A codec's slot whose `weights` are read: the slot with what they tell and without them, and the codec's state.
+
+    What the slot says itself (a scale, a tile) stays. The path is a folder `vae` of diffusers, the folder above it, or
+    a file that holds an autoencoder, alone or in a whole model. A slot without `weights` comes back as it is.
+    """
+    if not isinstance(slot, Mapping) or slot.get("weights") is None:
+        return slot, {}
+    path = Path(str(slot["weights"])).expanduser()
+    if (path / "vae").is_dir():
+        path = path / "vae"
+    state = read_state(path)
+    prefix = next((one for one in autoencoder.PREFIXES if any(key.startswith(f"{one}decoder.") for key in state)), "")
+    state = {key.removeprefix(prefix): value.float() for key, value in state.items() if key.startswith(prefix)}
+    layout = autoencoder.layout_of(list(state), str(path))
+    if layout == autoencoder.DIFFUSERS:
+        state = autoencoder.modern(state)
+    config = path / "config.json"
+    told = _json(config) if config.is_file() else {}
+    shape = autoencoder.config_of(state, layout, str(path), int(told.get("norm_num_groups", 32)))
+    state = renamed(state, autoencoder.lines(shape), layout, autoencoder.OURS, str(path))
+    found: dict[str, Any] = {
+        "latent": shape.latent,
+        "channels": list(shape.channels),
+        "blocks": shape.blocks,
+        "groups": shape.groups,
+        "attention": shape.attention,
+        "quant": shape.quant,
+    }
+    if told.get("scaling_factor") is not None:
+        found["scale"] = float(told["scaling_factor"])
+    if told.get("shift_factor") is not None:
+        found["shift"] = float(told["shift_factor"])
+    rest = {key: value for key, value in slot.items() if key != "weights"}
+    return {**found, **rest}, {f"autoencoder.{key}": value for key, value in state.items()}
+
+
+def fill_codec(codec: object, state: Mapping[str, Tensor]) -> None:
+    """Puts what `codec_from` read into the codec that was built from its slot."""
+    if not state:
+        return
+    assert isinstance(codec, nn.Module)  # one that has weights
+    own = codec.state_dict()
+    if missing := own.keys() - state.keys():
+        raise CheckpointError("an autoencoder lacks weights", where="model.codec.weights", seen=some(missing))
+    if odd := [key for key, value in state.items() if value.shape != own[key].shape]:
+        raise CheckpointError("an autoencoder's weights have odd shapes", where="model.codec.weights", seen=some(odd))
+    if bad := [key for key, value in state.items() if not bool(value.isfinite().all())]:
+        raise CheckpointError("an autoencoder's weights are not finite", where="model.codec.weights", seen=some(bad))
+    codec.load_state_dict(dict(state))
