@@ -154,12 +154,17 @@ SAMPLERS = {
     "initial_noise": Sampler("sfumato.samplers.ddim:initial_noise", order=0),
     "ddim_inversion": Sampler("sfumato.samplers.ddim:ddim_inversion", order=1, inverse=True),
 }
-NETS = {"unet": "sfumato.nets.unet:UNet", "dit": "sfumato.nets.dit:DiT"}
+NETS = {
+    "unet": "sfumato.nets.unet:UNet",
+    "dit": "sfumato.nets.dit:DiT",
+    "stable_unet": "sfumato.nets.stable_unet:StableUNet",
+}
 CODECS = {"pixels": "sfumato.codecs:Pixels", "latents": "sfumato.codecs:Latents"}
 CONDITIONERS = {
     "labels": "sfumato.conditioners:Labels",
     "prompts": "sfumato.conditioners:Prompts",
     "joined": "sfumato.conditioners:Joined",
+    "text": "sfumato.text:Text",
 }
 DATA = {"scenes": "sfumato.data.scenes:Scenes", "folder": "sfumato.data.folder:Folder"}
 OPTIMIZERS = {"adamw": "sfumato.train.optim:adamw", "muon": "sfumato.train.optim:muon"}

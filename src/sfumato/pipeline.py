@@ -23,6 +23,7 @@ from sfumato.denoiser import Cond
 from sfumato.errors import ConfigError, DataError, MemoryShortage, nearest
 from sfumato.guidance import guided
 from sfumato.io.directory import load_model
+from sfumato.io.published import is_published, load_published
 from sfumato.io.tuned import read_tuned
 from sfumato.model import Model, compile_net, pick_device
 from sfumato.names import TUNED, spelled_out
@@ -367,7 +368,8 @@ def load(
     compile: bool = False,
     trust: bool = False,
 ) -> Pipeline:
-    """The pipeline of a model directory, or of a run, whose newest `model/` it takes. CheckpointError if it is damaged.
+    """The pipeline of a model directory, of a run, whose newest `model/` it takes, or of a folder of diffusers.
+    CheckpointError if it is damaged.
 
     precision, compile: as of `Pipeline`. trust: as of `sfumato.io.directory.load_model`.
     """
@@ -380,6 +382,8 @@ def load(
             seen="no folder",
             fix=", ".join(near) or "sfumato train quickstart",
         )
+    if is_published(folder):
+        return Pipeline(load_published(folder), device, precision=precision, compile=compile)
     pipeline = Pipeline(load_model(folder, trust=trust), device, precision=precision, compile=compile)
     pipeline.tuned = read_tuned(folder)
     return pipeline

@@ -12,6 +12,7 @@ import traceback
 import typer
 
 from sfumato.cli.bench import bench
+from sfumato.cli.convert import convert
 from sfumato.cli.data import data
 from sfumato.cli.doctor import doctor
 from sfumato.cli.eval import evaluate
@@ -34,6 +35,7 @@ app.command(name="train")(train)
 app.command(name="sample")(sample)
 app.command(name="eval")(evaluate)
 app.command(name="recipes")(recipes)
+app.command(name="convert")(convert)
 app.add_typer(data, name="data")
 app.command(name="doctor")(doctor)
 app.command(name="tune-sampler")(tune_sampler)

@@ -31,7 +31,8 @@ class Line:
     leaves: tuple[str, ...] = LEAVES
 
     def keys(self, layout: str, leaf: str) -> tuple[str, ...]:
-        return tuple(f"{name}.{leaf}" if leaf else name for name in self.names[layout])
+        """The names of a tensor; a name that ends in "_" takes it without a dot (`in_proj_weight`)."""
+        return tuple(f"{name}{'' if name[-1] == '_' or not leaf else '.'}{leaf}" for name in self.names[layout])
 
 
 def line(square: Iterable[str] = (), leaves: tuple[str, ...] = LEAVES, **names: str | Sequence[str]) -> Line:

@@ -53,7 +53,7 @@ def _folder(path: Path) -> dict[str, Tensor]:
 
 def _shards(index: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
-    table = _json(index).get("weight_map", {})
+    table = read_json(index).get("weight_map", {})
     for file in sorted(set(table.values())):
         state |= read_weights(index.parent / file)
     if missing := table.keys() - state.keys():
@@ -78,7 +78,8 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping that a file of JSON holds."""
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -106,7 +107,7 @@ def codec_from(slot: Any) -> tuple[Any, dict[str, Tensor]]:
     if layout == autoencoder.DIFFUSERS:
         state = autoencoder.modern(state)
     config = path / "config.json"
-    told = _json(config) if config.is_file() else {}
+    told = read_json(config) if config.is_file() else {}
     shape = autoencoder.config_of(state, layout, str(path), int(told.get("norm_num_groups", 32)))
     state = renamed(state, autoencoder.lines(shape), layout, autoencoder.OURS, str(path))
     found: dict[str, Any] = {

@@ -1,0 +1,46 @@
+"""`sfumato convert`: a model in another layout."""
+
+from pathlib import Path
+
+import typer
+
+from sfumato.cli.show import as_json, line, say
+from sfumato.errors import ConfigError, nearest
+
+LAYOUTS = ("sfumato", "diffusers")
+DTYPES = ("fp32", "fp16", "bf16")
+
+
+def convert(
+    source: Path = typer.Argument(..., help="A run, a model directory, or a folder of diffusers.", metavar="SRC"),
+    target: Path = typer.Argument(..., help="The folder to write; it must not exist.", metavar="DST"),
+    to: str = typer.Option(..., "--to", help="sfumato, or diffusers where the model has such a form."),
+    dtype: str = typer.Option("fp32", "--dtype", help="What weights are stored as: fp32, fp16 or bf16."),
+    trust: bool = typer.Option(False, "--trust", help="Run code that a model directory names and that is not ours."),
+    json: bool = typer.Option(False, "--json", help="As JSON."),
+) -> None:
+    """Write a model in another layout. Nothing of it is lost: the way back gives the same bytes.
+
+    sfumato convert stable-diffusion-v1-5 models/sd15 --to sfumato
+    """
+    for name, given, known in (("--to", to, LAYOUTS), ("--dtype", dtype, DTYPES)):
+        if given not in known:
+            raise ConfigError("no such choice", where=name, seen=given, fix=nearest(given, known))
+    if target.exists():
+        raise ConfigError("this folder exists already", where=str(target), fix="choose another name, or move it away")
+    from sfumato.io.directory import save_model
+    from sfumato.io.export import save_published
+    from sfumato.pipeline import DTYPES as KINDS
+    from sfumato.pipeline import load
+
+    model = load(source, "cpu", trust=trust).model
+    if to == "sfumato":
+        save_model(target, model, model.facts, dtype=KINDS[dtype])
+    else:
+        save_published(target, model, dtype=KINDS[dtype])
+    count = sum(value.numel() for value in model.weights().values())
+    if json:
+        as_json({"path": str(target), "layout": to, "dtype": dtype, "weights": count})
+        return
+    line(target)
+    say(f"{count:,} weights as {dtype}, in the layout of {to}")
