@@ -4,6 +4,7 @@ python docs/pictures/draw.py                      # those that follow from the l
 python docs/pictures/draw.py runs/quickstart      # and those of a trained model
 """
 
+import json
 import sys
 from pathlib import Path as File
 
@@ -63,6 +64,16 @@ def errors() -> None:
     plot(HERE / "samplers-errors.png", "median error on the exact mixture", curves, "calls of the network", log_y=True)
 
 
+def tries() -> None:
+    """The loss of what was tried for the quickstart, as those runs wrote it down."""
+    kept = json.loads((HERE.parents[1] / "benchmarks" / "results" / "quickstart-tries.json").read_text())
+    curves = []
+    for name, run in kept["runs"].items():
+        images, loss = zip(*run["loss"][1:], strict=True)
+        curves.append(Curve(name, [float(n) for n in images], list(loss)))
+    plot(HERE / "quickstart-tries.png", "training loss", curves, "pictures", log_y=True)
+
+
 def of_a_model(run: str) -> None:
     """One noise and prompt by several samplers at several numbers of steps, and by several guidances and scales."""
     pipeline = load(run)
@@ -84,5 +95,6 @@ if __name__ == "__main__":
     scenes()
     paths()
     errors()
+    tries()
     for one in sys.argv[1:]:
         of_a_model(one)
