@@ -56,7 +56,9 @@ def load_config(source: str, overrides: Iterable[str] = ()) -> Loaded:
         over = _spelled(_parsed(override))
         raw = cast(dict[str, Any], merged(raw, over))
         _note(origins, leaves(over), "the command line")
-    return Loaded(_checked(raw, source, origins), origins)
+    here = leaves(raw)  # what another kind dropped was set by nobody any more
+    kept = {key: by for key, by in origins.items() if any(one == key or one.startswith(f"{key}.") for one in here)}
+    return Loaded(_checked(raw, source, kept), kept)
 
 
 def resolved(config: Config) -> dict[str, Any]:

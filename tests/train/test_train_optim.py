@@ -134,6 +134,25 @@ def spectrum(rows: int, columns: int, values: Tensor) -> tuple[Tensor, Tensor, T
     return u, values.double(), v
 
 
+@pytest.fixture
+def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU without bfloat16 arithmetic, wherever the test runs."""
+    monkeypatch.setattr("sfumato.train.muon.BF16_ARITHMETIC", False)
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6)])
+def test_in_bfloat16_it_is_the_same_to_its_rounding(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    given = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    found = []
+    for able in (False, True):
+        monkeypatch.setattr("sfumato.train.muon.BF16_ARITHMETIC", able)
+        found.append(orthogonalised(given))
+    exact, rounded = found
+    assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)
+    assert float((rounded - exact).norm() / exact.norm()) < 0.05
+
+
+@pytest.mark.usefixtures("in_float32")
 @pytest.mark.parametrize("shape", [(8, 8), (6, 20), (20, 6)])
 def test_orthogonalising_keeps_singular_vectors_and_maps_singular_values(shape: tuple[int, int]) -> None:
     """The iteration acts on each singular value alone: five times the quintic, from s / |M|."""
@@ -161,6 +180,7 @@ def test_orthogonalised_is_near_the_polar_factor() -> None:
     assert torch.allclose(found, alone, atol=1e-4)  # a batch is no more than its matrices
 
 
+@pytest.mark.usefixtures("in_float32")
 def test_muons_first_step_has_the_size_of_adamws() -> None:
     """From rest the step is lr 0.2 sqrt(max(rows, columns)) U V^T: a root mean square of 0.2 lr if all rows count."""
     rng = torch.Generator().manual_seed(0)
