@@ -2,6 +2,7 @@
 
     python benchmarks/samplers.py --json
     python benchmarks/samplers.py --run runs/quickstart --json
+    python benchmarks/samplers.py --run runs/quickstart --only-run --pictures 8 --calls 5 10 20
 
 The problem has an exact answer: a mixture of ten Gaussians with whole covariances, fitted to scikit-learn's digits (64
 dimensions), whose score and ODE are known. An error is the root mean square distance of a sample to where the ODE ends
@@ -15,7 +16,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +102,13 @@ def peer_result(scheduler: Any, noise: Tensor, path: Tabulated, denoise: Denoise
     return x, calls
 
 
-def best_peers(noise: Tensor, path: Tabulated, denoise: Denoise, reference: Tensor) -> dict[int, dict[str, Any]]:
+def best_peers(
+    noise: Tensor, path: Tabulated, denoise: Denoise, reference: Tensor, budgets: Sequence[int] = CALLS
+) -> dict[int, dict[str, Any]]:
     """For each number of calls the scheduler with the least median error. Combinations that raise are named."""
     best: dict[int, dict[str, Any]] = {}
     for name, make, per_step in peers():
-        for calls in CALLS:
+        for calls in budgets:
             steps = calls // per_step + (calls % per_step if per_step > 1 else 0)
             try:
                 with warnings.catch_warnings():
@@ -209,7 +212,7 @@ def overhead(steps: int = 50, rounds: int = 15) -> dict[str, Any]:
     return rows
 
 
-def on_run(run: Path, seconds: Callable[[], float], n: int = 16) -> dict[str, Any]:
+def on_run(run: Path, seconds: Callable[[], float], n: int, budgets: Sequence[int]) -> dict[str, Any]:
     """The default against diffusers' best through a trained network, reference its own 1,000-step solution."""
     from sfumato import load
     from sfumato.data.scenes import TASKS, prompts
@@ -233,12 +236,12 @@ def on_run(run: Path, seconds: Callable[[], float], n: int = 16) -> dict[str, An
     with torch.no_grad():
         reference = drive(ipndm(path, noise, logistic(path, 1000), variable="angle"), Bound(path, denoise))
         _say(f"reference of the run solved, {seconds():.0f} s")
-        theirs = best_peers(noise, path, denoise, reference)
+        theirs = best_peers(noise, path, denoise, reference, budgets)
         ratios = {}
-        for calls in CALLS:
+        for calls in budgets:
             result = drive(ipndm(path, noise, logistic(path, calls), variable="angle"), Bound(path, denoise))
             ratios[str(calls)] = round(errors(result, reference)["median"] / theirs[calls]["median"], 4)
-    return {"untrained": ratios, "peers": theirs, "guidance": settings.guidance}
+    return {"untrained": ratios, "peers": theirs, "guidance": settings.guidance, "pictures": n}
 
 
 def _say(text: str) -> None:
@@ -248,20 +251,30 @@ def _say(text: str) -> None:
 def main() -> None:
     options = argparse.ArgumentParser(description="Samplers against diffusers' at equal calls, and their overhead.")
     options.add_argument("--run", type=Path, help="also compare on this trained run")
-    options.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "samplers.json")
+    options.add_argument("--only-run", action="store_true", help="nothing but the trained run")
+    options.add_argument("--pictures", type=int, default=16, help="of the trained run")
+    options.add_argument("--calls", type=int, nargs="+", default=CALLS, help="of the trained run")
+    options.add_argument("--results", type=Path, help="where to keep the numbers")
     options.add_argument("--json", action="store_true", help="print one JSON object")
     chosen = options.parse_args()
     torch.set_num_threads(1)
     began = time.perf_counter()
-    rows = {"frontier": frontier(lambda: time.perf_counter() - began), "overhead": overhead()}
+    if chosen.only_run and not chosen.run:
+        options.error("--only-run needs --run")
+    rows: dict[str, Any] = {"frontier": {}, "overhead": {}}
+    if not chosen.only_run:
+        rows = {"frontier": frontier(lambda: time.perf_counter() - began), "overhead": overhead()}
     if chosen.run:
-        rows["run"] = on_run(chosen.run, lambda: time.perf_counter() - began)
-    chosen.results.parent.mkdir(parents=True, exist_ok=True)
-    chosen.results.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        rows["run"] = on_run(chosen.run, lambda: time.perf_counter() - began, chosen.pictures, chosen.calls)
+        print("on the run", rows["run"]["untrained"], file=sys.stderr)
+    name = "samplers-run.json" if chosen.only_run else "samplers.json"
+    results = chosen.results or Path(__file__).parent / "results" / name
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     if chosen.json:
         print(json.dumps(rows))
         return
-    for kind in ("untrained", "tuned"):
+    for kind in () if chosen.only_run else ("untrained", "tuned"):
         print(f"{kind:<10}", "  ".join(f"{calls}: {ratio:.2f}" for calls, ratio in rows["frontier"][kind].items()))
     for name, row in rows["overhead"].items():
         print(f"{name:<10}", row)
