@@ -118,7 +118,7 @@ def test_without_a_whole_checkpoint_nothing_begins_anew(
 
 
 def test_sigterm_saves_and_says_how_to_go_on(small: Small, tmp_path: Path) -> None:
-    config, run = small("steps=100000", "log.every=1"), tmp_path / "a run"
+    config, run = small("steps=100000", "log.every=1", "checkpoint.every=100000"), tmp_path / "a run"
     (tmp_path / "config.yaml").write_text(as_yaml(resolved(config)))
     command = [sys.executable, "-m", "sfumato", "train", str(tmp_path / "config.yaml"), "--run", str(run)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
