@@ -13,10 +13,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from sfumato.errors import ConfigError
-from sfumato.nets.layers import Attention, FeedForward, TimeEmbedding, modulated, rope_2d, sincos_2d, zeroed
+from sfumato.nets.layers import Attention, FeedForward, TimeEmbedding, modulated, rope_2d, sincos_2d, through, zeroed
 
 
 @dataclass(frozen=True)
@@ -122,10 +121,7 @@ class DiT(nn.Module):
         kept: list[Tensor] = []
         for block in self.blocks:
             skip = kept.pop() if block.skip is not None else None
-            if self.checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, modulation, skip, *rest, use_reentrant=False)
-            else:
-                tokens = block(tokens, modulation, skip, *rest)
+            tokens = through(block, self.checkpointing, tokens, modulation, skip, *rest)
             if self.config.skips and len(kept) < self.config.depth // 2 and skip is None:
                 kept.append(tokens)
         return tokens

@@ -6,6 +6,7 @@ from typing import Literal, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # Whether the CPU multiplies bfloat16 numbers itself.
 BF16_ARITHMETIC: bool = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
@@ -178,6 +179,15 @@ def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 Module = TypeVar("Module", bound=nn.Module)
+
+
+def through(stage: nn.Module, recompute: bool, *given: object) -> Tensor:
+    """The stage's answer. recompute: its activations are made anew in the backward pass rather than kept."""
+    if recompute and torch.is_grad_enabled():
+        out: Tensor = checkpoint(stage, *given, use_reentrant=False)
+        return out
+    out = stage(*given)
+    return out
 
 
 def zeroed(module: Module) -> Module:

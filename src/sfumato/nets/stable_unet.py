@@ -6,15 +6,15 @@ the pooled prompt and the picture's size and crop, to the time; latent consisten
 from nothing there is `sfumato.nets.unet`; this one is for checkpoints, and its layers are theirs one by one.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from sfumato.errors import ConfigError
-from sfumato.nets.layers import attended, sinusoid, zeroed
+from sfumato.nets.layers import attended, sinusoid, through, zeroed
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class StableUNet(nn.Module):
     def __init__(self, config: StableUNetConfig) -> None:
         super().__init__()
         _checked(config)
-        self.config, self._checkpointing = config, False
+        self.config, self.checkpointing = config, False
         widths = config.channels
         dim = 4 * widths[0]
         self.time = nn.Sequential(nn.Linear(widths[0], dim), nn.SiLU(), nn.Linear(dim, dim))
@@ -92,18 +92,6 @@ class StableUNet(nn.Module):
         self.up = self._way_up(dim, kept)
         self.norm = nn.GroupNorm(config.groups, widths[0], eps=1e-5)
         self.exit = zeroed(nn.Conv2d(widths[0], config.out_channels, 3, padding=1))
-
-    @property
-    def checkpointing(self) -> bool:
-        """Whether activations within a step of the way are recomputed in the backward pass rather than kept."""
-        return self._checkpointing
-
-    @checkpointing.setter
-    def checkpointing(self, on: bool) -> None:
-        self._checkpointing = on
-        for module in self.modules():
-            if isinstance(module, Stage):
-                module.checkpointing = on
 
     def forward(
         self,
@@ -119,12 +107,13 @@ class StableUNet(nn.Module):
         summary = self._summary(x, t, pooled, guidance)
         h = self.entry(x)
         kept = [h]
+        told, recompute = (summary, context, context_mask), self.checkpointing
         for stage in self.down:
-            h = stage(h, summary, context, context_mask)
+            h = through(stage, recompute, h, *told)
             kept.append(h)
-        h = self.middle(h, summary, context, context_mask)
+        h = through(self.middle, recompute, h, *told)
         for stage in self.up:
-            h = stage(torch.cat([h, kept.pop()], 1), summary, context, context_mask)
+            h = through(stage, recompute, torch.cat([h, kept.pop()], 1), *told)
         out: Tensor = self.exit(F.silu(self.norm(h)))
         return out
 
@@ -176,7 +165,7 @@ def _mlp(width: int, dim: int) -> nn.Sequential:
 def _of_guidance(weight: Tensor, dim: int) -> Tensor:
     """The embedded guidance of latent consistency models: sines, then cosines, of 1000 times the weight."""
     half = dim // 2
-    rates = torch.exp(torch.arange(half, device=weight.device).float() * (-torch.log(torch.tensor(1e4)) / (half - 1)))
+    rates = torch.exp(torch.arange(half, device=weight.device).float() * (-math.log(10_000) / (half - 1)))
     angles = 1000 * weight.float()[:, None] * rates
     return F.pad(torch.cat([angles.sin(), angles.cos()], 1), (0, dim % 2))
 
@@ -187,18 +176,11 @@ class Stage(nn.Module):
     def __init__(self, config: StableUNetConfig, width: int, level: int, dim: int, *, grows: bool = False) -> None:
         super().__init__()
         out, depth = config.channels[level], config.depths[level]
-        self.checkpointing = False
         self.residual = ResBlock(width, out, dim, config)
         self.transformer = Transformer(config, out, config.heads[level], depth) if depth else None
         self.grow = nn.Conv2d(out, out, 3, padding=1) if grows else None
 
     def forward(self, x: Tensor, summary: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
-        if self.checkpointing and torch.is_grad_enabled():
-            out: Tensor = checkpoint(self._run, x, summary, context, mask, use_reentrant=False)
-            return out
-        return self._run(x, summary, context, mask)
-
-    def _run(self, x: Tensor, summary: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
         x = self.residual(x, summary)
         if self.transformer is not None:
             x = self.transformer(x, context, mask)

@@ -14,10 +14,9 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from sfumato.errors import ConfigError
-from sfumato.nets.layers import Attention, FeedForward, TimeEmbedding, sincos_2d, zeroed
+from sfumato.nets.layers import Attention, FeedForward, TimeEmbedding, sincos_2d, through, zeroed
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         _checked(config)
-        self.config, self._checkpointing = config, False
+        self.config, self.checkpointing = config, False
         widths, area = config.channels, config.patch**2
         dim = 4 * widths[0]
         self.time = TimeEmbedding(dim)
@@ -74,18 +73,6 @@ class UNet(nn.Module):
         self.up = self._way_up(dim, kept)
         self.norm = nn.GroupNorm(_groups(widths[0]), widths[0], eps=1e-5)
         self.exit = zeroed(nn.Conv2d(widths[0], (config.out_channels or config.in_channels) * area, 3, padding=1))
-
-    @property
-    def checkpointing(self) -> bool:
-        """Whether activations within a stage are recomputed in the backward pass rather than kept."""
-        return self._checkpointing
-
-    @checkpointing.setter
-    def checkpointing(self, on: bool) -> None:
-        self._checkpointing = on
-        for module in self.modules():
-            if isinstance(module, Stage):
-                module.checkpointing = on
 
     def forward(
         self,
@@ -102,13 +89,14 @@ class UNet(nn.Module):
         context = context if self.config.context_dim else None
         h = self.entry(F.pixel_unshuffle(x, self.config.patch) if self.config.patch > 1 else x)
         kept = [h]
+        told, recompute = (summary, context, context_mask), self.checkpointing
         for stage in self.down:
-            h = stage(h, summary, context, context_mask)
+            h = through(stage, recompute, h, *told)
             kept.append(h)
         for stage in self.middle:
-            h = stage(h, summary, context, context_mask)
+            h = through(stage, recompute, h, *told)
         for stage in self.up:
-            h = stage(torch.cat([h, kept.pop()], 1) if stage.joins else h, summary, context, context_mask)
+            h = through(stage, recompute, torch.cat([h, kept.pop()], 1) if stage.joins else h, *told)
         h = self.exit(F.silu(self.norm(h)))
         return F.pixel_shuffle(h, self.config.patch) if self.config.patch > 1 else h
 
@@ -172,17 +160,11 @@ class Stage(nn.Module):
         joins: bool = False,
     ) -> None:
         super().__init__()
-        self.joins, self.checkpointing = joins, False
+        self.joins = joins
         self.residual = ResBlock(width, out, dim, config.dropout, resample)
         self.attention = nn.ModuleList(AttentionLayer(config, out) for _ in range(attention))
 
     def forward(self, x: Tensor, summary: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
-        if self.checkpointing and torch.is_grad_enabled():
-            out: Tensor = checkpoint(self._run, x, summary, context, mask, use_reentrant=False)
-            return out
-        return self._run(x, summary, context, mask)
-
-    def _run(self, x: Tensor, summary: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
         x = self.residual(x, summary)
         if not self.attention:
             return x
