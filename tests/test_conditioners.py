@@ -186,7 +186,7 @@ def test_captions_that_are_cut_and_words_that_are_dropped_are_told_of() -> None:
     conditioner = prompts(Captions("a b c", "a b", "a"), length=2, vocabulary=4)
     cut, dropped = conditioner.notes
     assert cut.startswith("1 of 3 captions are cut after 2 words") and cut.endswith("model.conditioner.length=3")
-    assert dropped.startswith("1 rare words")
+    assert dropped.startswith("the 1 rarest words")
     assert prompts(Captions("a b"), length=2).notes == () and prompts(Scenes(), length=14).notes == ()
 
 

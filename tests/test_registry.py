@@ -298,3 +298,8 @@ def test_any_table_will_do() -> None:
     assert registry.build("two", "Thing", kinds) == Linear()
     (problem,) = check("three", "Thing", kinds, "thing")
     assert "one, two" in problem.fix
+
+
+def test_a_missing_space_after_a_colon_is_pointed_at() -> None:
+    (problem,) = problems({"kind:min_snr": None})
+    assert "space after the colon" in problem.fix

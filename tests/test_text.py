@@ -104,3 +104,33 @@ def test_what_is_missing_is_named(folder: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(MachineError, match="pip install transformers"):
         Text().restore(files)
+
+
+def test_a_run_with_it_leaves_a_model_that_needs_no_other_folder(folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from sfumato import load, load_config, train
+
+    copy = tmp_path / "folder"
+    shutil.copytree(folder, copy)
+    how = [f"model.conditioner={{kind: text, weights: {copy}, length: 9}}", "steps=2", "batch=2", "sampling.steps=2"]
+    train(load_config("tiny", [*how, "checkpoint.every=2"]).config, run=tmp_path / "run")
+    shutil.rmtree(copy)
+    pipeline = load(tmp_path / "run", "cpu")
+    assert isinstance(pipeline.model.conditioner, Text)
+    there = transformers.CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+    here = pipeline.model.conditioner.encoder.state_dict()
+    for key, value in getattr(there, "text_model", there).state_dict().items():
+        assert torch.equal(here[key], value), key  # frozen, bit for bit
+    assert pipeline.sample("a circle").images.shape == (1, 32, 32, 3)
+
+
+def test_captions_that_are_cut_are_told_of(folder: Path) -> None:
+    class Long:
+        def captions(self) -> list[str]:
+            return ["a red circle", "a red circle left of a blue square"]
+
+    made = Text(weights=str(folder), length=6)
+    made.prepare(Long())
+    assert len(made.notes) == 1 and made.notes[0].startswith("1 of 2 captions are cut after 6")
+    assert made.notes[0].endswith("model.conditioner.length=10")

@@ -55,6 +55,7 @@ class Pixels:
 class Latents(nn.Module):
     """Latent diffusion: the mean of an autoencoder's latents, shifted and scaled to about unit variance; frozen.
 
+    encode: (B, 3, H, W) in [-1, 1] to (B, latent, H/f, W/f); decode: the way back. ConfigError for what cannot be.
     weights: a diffusers folder (`vae`), or a single file that holds an autoencoder, read when a run starts; its shape,
     scale and shift are then taken from there, and what is kept with the model needs no such file any more.
     channels to quant: see `AutoencoderConfig`. scale, shift: z = (latent - shift) * scale, a number or one a channel;
@@ -79,11 +80,13 @@ class Latents(nn.Module):
         tile: int = 0,
     ) -> None:
         super().__init__()
+        if weights is not None:
+            fix = "sfumato.io.pretrained.codec_from, as a run does when it starts"
+            raise ConfigError("an autoencoder was not read", where="model.codec.weights", seen=weights, fix=fix)
         config = AutoencoderConfig(
             latent=latent, channels=tuple(channels), blocks=blocks, groups=groups, attention=attention, quant=quant
         )
         self.autoencoder = Autoencoder(config).requires_grad_(False).eval()
-        self.weights_from = weights
         for name, given in (("scale", scale), ("shift", shift)):
             numbers = torch.tensor([given] if isinstance(given, (int, float)) else list(given), dtype=torch.float32)
             if len(numbers) not in (1, latent) or not bool(numbers.isfinite().all()):

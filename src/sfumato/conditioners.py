@@ -9,7 +9,7 @@ weights and learn with the network, some have files of their own (a vocabulary),
 import json
 import operator
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -60,6 +60,26 @@ class Conditioner(nn.Module):
 
     def restore(self, files: Mapping[str, bytes]) -> None:
         """The inverse of `files`; called before weights are loaded."""
+
+
+def captions_of(raw: Sequence[Raw], field: str) -> Iterator[str]:
+    """The captions that are there. DataError for what is no text."""
+    for one in raw:
+        text = one.get(field)
+        if text is None:
+            continue
+        if not isinstance(text, str):
+            raise DataError("a caption must be text", where=field, seen=repr(text))
+        yield text
+
+
+def told_of_cuts(lengths: Mapping[int, int], most: int) -> tuple[str, ...]:
+    """What to say where captions are longer than is read. lengths: how many there are of each length."""
+    longer = sum(n for length, n in lengths.items() if length > most)
+    if not longer:
+        return ()
+    share = f"{longer:,} of {sum(lengths.values()):,} captions are cut after {most} words"
+    return (f"{share}; to read all: model.conditioner.length={max(lengths)}",)
 
 
 class Labels(Conditioner):
@@ -184,12 +204,7 @@ class Prompts(Conditioner):
         return torch.tensor(padded, device=self.table.weight.device)
 
     def check(self, raw: Sequence[Raw]) -> None:
-        for one in raw:
-            text = one.get(self.field)
-            if text is None:
-                continue
-            if not isinstance(text, str):
-                raise DataError("a caption must be text", where=self.field, seen=repr(text))
+        for text in captions_of(raw, self.field):
             encoded = self.tokenizer.encode(text)
             for number, (start, end) in zip(encoded.ids, encoded.offsets, strict=True):
                 if number == 1:
@@ -224,19 +239,11 @@ class Prompts(Conditioner):
             )
         by_count = sorted(counts, key=lambda word: (-counts[word], word))  # of equals, not whichever came first
         kept = sorted(by_count[: self.vocabulary - 2])
-        self.notes = self._told(lengths, len(counts) - len(kept))
+        self.notes = told_of_cuts(lengths, self.length)
+        if dropped := len(counts) - len(kept):
+            rare = f"the {dropped:,} rarest words are unknown to this model"
+            self.notes += (f"{rare}; to keep more: model.conditioner.vocabulary",)
         self._adopt({PAD: 0, UNKNOWN: 1} | {word: i + 2 for i, word in enumerate(kept)})
-
-    def _told(self, lengths: Mapping[int, int], dropped: int) -> tuple[str, ...]:
-        notes, longer = [], sum(n for words, n in lengths.items() if words > self.length)
-        if longer:
-            share = f"{longer:,} of {sum(lengths.values()):,} captions are cut after {self.length} words"
-            notes.append(f"{share}; to read all: model.conditioner.length={max(lengths)}")
-        if dropped:
-            notes.append(
-                f"{dropped:,} rare words are unknown to this model; to keep more: model.conditioner.vocabulary"
-            )
-        return tuple(notes)
 
     def files(self) -> dict[str, bytes]:
         return {"tokenizer.json": self.tokenizer.to_str(pretty=True).encode()}

@@ -234,7 +234,10 @@ def _dpm_single(config: Mapping[str, Any]) -> Slot:
     data, order = config.get("algorithm_type", "dpmsolver++") == "dpmsolver++", int(config.get("solver_order", 2))
     if order == 1:
         return {"kind": "ddim"}
-    return {"kind": "dpmpp_2s" if data and order == 2 else f"dpm_{order}"}
+    if data and order == 3:
+        seen = "DPM-Solver++(3S)"
+        raise ConfigError("a solver that is not known here", where="sampler.solver_order", seen=seen, fix="dpmpp_3m")
+    return {"kind": "dpmpp_2s" if data else f"dpm_{order}"}
 
 
 def _unipc(config: Mapping[str, Any]) -> Slot:

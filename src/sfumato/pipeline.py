@@ -382,9 +382,8 @@ def load(
             seen="no folder",
             fix=", ".join(near) or "sfumato train quickstart",
         )
-    if is_published(folder):
-        return Pipeline(load_published(folder), device, precision=precision, compile=compile)
-    pipeline = Pipeline(load_model(folder, trust=trust), device, precision=precision, compile=compile)
+    model = load_published(folder) if is_published(folder) else load_model(folder, trust=trust)
+    pipeline = Pipeline(model, device, precision=precision, compile=compile)
     pipeline.tuned = read_tuned(folder)
     return pipeline
 

@@ -144,12 +144,10 @@ def check(slot: Any, kind_of: str, kinds: Kinds, where: str) -> Iterator[Problem
     """Everything that is wrong with a slot: its kind, and its options' names, presence and simple types."""
     given = {"kind": slot} if isinstance(slot, str) else slot
     if not isinstance(given, Mapping) or not isinstance(given.get("kind"), str):
-        yield Problem(
-            where,
-            "names something to use, alone or as `kind` with options",
-            repr(slot),
-            f"{where}={next(iter(kinds[kind_of]), 'module:Name')}",
-        )
+        fix = f"{where}={next(iter(kinds[kind_of]), 'module:Name')}"
+        if isinstance(given, Mapping) and any(str(key).startswith("kind:") for key in given):
+            fix = "kind: NAME, with a space after the colon"
+        yield Problem(where, "names something to use, alone or as `kind` with options", repr(slot), fix)
         return
     kind = given["kind"]
     target = target_of(kind, kinds[kind_of])

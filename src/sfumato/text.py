@@ -7,6 +7,7 @@ The encoder's config and its tokenizer's files travel in the model directory, so
 
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.conditioners import Conditioner, Raw, Source
+from sfumato.conditioners import Conditioner, Raw, Source, captions_of, told_of_cuts
 from sfumato.denoiser import Cond
 from sfumato.errors import CheckpointError, ConfigError, DataError, MachineError
 
@@ -68,12 +69,7 @@ class Text(Conditioner):
         return ids.to(self.encoder.embeddings.token_embedding.weight.device)
 
     def check(self, raw: Sequence[Raw]) -> None:
-        for one in raw:
-            text = one.get(self.field)
-            if text is None:
-                continue
-            if not isinstance(text, str):
-                raise DataError("a caption must be text", where=self.field, seen=repr(text))
+        for text in captions_of(raw, self.field):
             pieces = len(self.tokenizer(text).input_ids)
             if pieces > self.length:
                 raise DataError(
@@ -84,7 +80,7 @@ class Text(Conditioner):
                 )
 
     def prepare(self, source: Source) -> None:
-        """Reads the encoder that `weights` names. (Its vocabulary is its own: the captions teach it nothing.)"""
+        """Reads the encoder that `weights` names. Its vocabulary is its own; of the captions only the lengths count."""
         if self.weights is None:
             raise ConfigError(
                 "a text encoder comes from a checkpoint",
@@ -96,6 +92,8 @@ class Text(Conditioner):
         self.restore(files_of(folder))
         found = _library("CLIPTextModel").from_pretrained(folder / "text_encoder", dtype=torch.float32)
         self.encoder.load_state_dict(_inside(found).state_dict())
+        lengths = Counter(len(self.tokenizer(caption).input_ids) for caption in source.captions())
+        self.notes = told_of_cuts(lengths, self.length)
 
     def files(self) -> dict[str, bytes]:
         return dict(self._files)

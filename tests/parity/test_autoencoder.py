@@ -159,19 +159,19 @@ def test_names_and_shapes_at_full_size(name: str) -> None:
 def test_what_is_no_autoencoder_or_not_a_whole_one_is_named(tmp_path: Path) -> None:
     save_file({"something.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match=r"something\.weight"):
-        codec_from({"weights": str(tmp_path / "other.safetensors")})
+        codec_from({"kind": "latents", "weights": str(tmp_path / "other.safetensors")})
     with pytest.raises(CheckpointError, match="no such file"):
-        codec_from({"weights": str(tmp_path / "nowhere")})
+        codec_from({"kind": "latents", "weights": str(tmp_path / "nowhere")})
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="no weights"):
-        codec_from({"weights": str(tmp_path / "empty")})
+        codec_from({"kind": "latents", "weights": str(tmp_path / "empty")})
     (tmp_path / "code.ckpt").write_bytes(b"\x80\x04cposix\nsystem\n.")
     with pytest.raises(CheckpointError, match="never run"):
-        codec_from({"weights": str(tmp_path / "code.ckpt")})
+        codec_from({"kind": "latents", "weights": str(tmp_path / "code.ckpt")})
     state = diffusers.AutoencoderKL(**SMALL).state_dict()
     save_file({**state, "decoder.odd.weight": torch.zeros(1)}, tmp_path / "more.safetensors")
     with pytest.raises(CheckpointError, match=r"decoder\.odd\.weight"):
-        codec_from({"weights": str(tmp_path / "more.safetensors")})
+        codec_from({"kind": "latents", "weights": str(tmp_path / "more.safetensors")})
     less = {key: value for key, value in state.items() if "mid_block.resnets.1.conv2" not in key}
     save_file(less, tmp_path / "less.safetensors")
     slot, found = codec_from({"kind": "latents", "weights": str(tmp_path / "less.safetensors"), "groups": 4})
@@ -188,4 +188,4 @@ def test_a_config_that_is_no_mapping_is_named(tmp_path: Path) -> None:
     diffusers.AutoencoderKL(**SMALL).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps([1]))
     with pytest.raises(CheckpointError, match="no mapping"):
-        codec_from({"weights": str(tmp_path)})
+        codec_from({"kind": "latents", "weights": str(tmp_path)})

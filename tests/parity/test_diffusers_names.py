@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sfumato.catalogue import build
+from sfumato.errors import ConfigError
 from sfumato.names import CLASSES, sampler_named
 from sfumato.paths import Linear, Tabulated, VarianceExploding
 
@@ -83,6 +84,16 @@ def test_times_of_edm() -> None:
     path = VarianceExploding()
     times = ours({"_class_name": "EDMEulerScheduler", **scheduler.config}, path)
     torch.testing.assert_close(path.sigma(times), scheduler.sigmas[:-1].double(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_solver_that_is_not_here_is_named_and_not_replaced() -> None:
+    for config, said in (
+        ({"_class_name": "DPMSolverSinglestepScheduler", "solver_order": 3}, r"3S[\s\S]*dpmpp_3m"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver"}, "not known here"),
+        ({"_class_name": "TCDScheduler"}, "not known"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            sampler_named(config)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor
 from sfumato.denoiser import Bound
 from sfumato.exact import Gaussian
 from sfumato.grids import uniform_log_snr
-from sfumato.paths import Linear, Path, VarianceExploding
+from sfumato.paths import Linear, VarianceExploding
 from sfumato.samplers import drive
 from sfumato.samplers.adams import lms
 from sfumato.samplers.ancestral import dpm_2_ancestral
@@ -166,7 +166,7 @@ def test_flow_matching_heun(start: Tensor) -> None:
     scheduler, path = diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0), Linear()
     scheduler.set_timesteps(N)
     state = start
-    for t, sigma in zip(scheduler.timesteps, [1.0, *scheduler.timesteps[1:].tolist()], strict=True):
+    for t in scheduler.timesteps:
         state = scheduler.step(noise_of(state, float(t)), t, state).prev_sample
     times = torch.cat([scheduler.timesteps[:1], scheduler.timesteps[1::2], torch.zeros(1)]).double() / 1000
     flow = Bound(path, lambda x, t: x - float(t) * noise_of(x, float(1000 * t)))
@@ -239,7 +239,6 @@ def test_where_a_scheduler_of_diffusers_gives_garbage_on_a_flow_model_ours_meets
     for t in scheduler.timesteps:
         state = scheduler.step(velocity(state, torch.tensor(float(t + 1) / 1000).double()), t, state).prev_sample
     assert float((state - truth).abs().max()) > 0.3
-    ours: dict[str, tuple[Path, Any]] = {"dpmpp_2m": (path, dpmpp_2m), "dpmpp_2s": (path, dpmpp_2s)}
-    for on, sampler in ours.values():
-        end = drive(sampler(on, x, uniform_log_snr(on, 50)), DATA.denoiser(on))
+    for sampler in (dpmpp_2m, dpmpp_2s):
+        end = drive(sampler(path, x, uniform_log_snr(path, 50)), DATA.denoiser(path))
         assert float((end - truth).abs().max()) < 0.02

@@ -11,6 +11,7 @@ from sfumato.codecs import Latents
 from sfumato.config import Config
 from sfumato.errors import CheckpointError, ConfigError
 from sfumato.io.directory import write_weights
+from sfumato.io.pretrained import codec_from
 from sfumato.nets.autoencoder import Autoencoder, AutoencoderConfig
 
 Small = Callable[..., Config]
@@ -62,10 +63,20 @@ def test_a_run_in_latents_resumes_bit_for_bit(small: Small, tmp_path: Path, auto
     assert whole.read_bytes() == parts.read_bytes()
 
 
+def test_other_codecs_are_left_alone() -> None:
+    for slot_ in ("pixels", {"kind": "mine:Codec", "weights": "theirs"}, None):
+        assert codec_from(slot_) == (slot_, {})
+
+
 def test_an_autoencoder_that_is_not_there_or_does_not_take_the_size_is_named(
     small: Small, tmp_path: Path, autoencoder: Path
 ) -> None:
     with pytest.raises(CheckpointError, match="no such file"):
         train(small(*ON, slot(tmp_path / "nowhere")), run=tmp_path / "none")
+    for without in ("model.codec=latents", "model.codec={kind: latents, scale: 0.9}"):
+        with pytest.raises(ConfigError, match="latents need an autoencoder"):
+            train(small(*ON, without), run=tmp_path / "without")
+    with pytest.raises(ConfigError, match="was not read"):
+        Latents(weights=str(autoencoder))
     with pytest.raises(ConfigError, match="multiples of 2"):
         train(small(*ON, slot(autoencoder), "data.size=33"), run=tmp_path / "odd")

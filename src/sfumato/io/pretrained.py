@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfumato.errors import CheckpointError
+from sfumato.errors import CheckpointError, ConfigError
 from sfumato.io.directory import read_weights
 from sfumato.io.families import autoencoder
 from sfumato.io.keymap import renamed, some
 
 NAMES = ("diffusion_pytorch_model", "model")  # of weights in a folder, before .safetensors and the like
+LATENTS = "latents"  # the kind of codec that is read here
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -93,10 +94,16 @@ def codec_from(slot: Any) -> tuple[Any, dict[str, Tensor]]:
     """A codec's slot whose `weights` are read: the slot with what they tell and without them, and the codec's state.
 
     What the slot says itself (a scale, a tile) stays. The path is a folder `vae` of diffusers, the folder above it, or
-    a file that holds an autoencoder, alone or in a whole model. A slot without `weights` comes back as it is.
+    a file that holds an autoencoder, alone or in a whole model. The slot of another codec comes back as it is.
+    ConfigError for latents without `weights`: an autoencoder of random weights is of no use to anybody.
     """
-    if not isinstance(slot, Mapping) or slot.get("weights") is None:
+    if slot == LATENTS:
+        slot = {"kind": LATENTS}
+    if not isinstance(slot, Mapping) or slot.get("kind") != LATENTS:
         return slot, {}
+    if slot.get("weights") is None:
+        fix = "model.codec.weights=PATH, a folder of diffusers or a file"
+        raise ConfigError("latents need an autoencoder", where="model.codec.weights", seen="nothing", fix=fix)
     path = Path(str(slot["weights"])).expanduser()
     if (path / "vae").is_dir():
         path = path / "vae"

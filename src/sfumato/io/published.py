@@ -46,6 +46,9 @@ def load_published(folder: Path) -> Model:
     shape, net = _unet(folder / "unet")
     codec, codec_state = codec_from({"kind": "latents", "weights": str(folder / "vae")})
     text, files = _text(folder)
+    if shape["in_channels"] != codec["latent"]:
+        seen = f"{shape['in_channels']} channels, where the autoencoder has {codec['latent']}"
+        raise CheckpointError("a U-Net that takes more than latents (inpainting, say)", where=str(folder), seen=seen)
     factor = 2 ** (len(codec["channels"]) - 1)
     section = {
         "path": _path(scheduler, folder),
@@ -54,7 +57,7 @@ def load_published(folder: Path) -> Model:
         "scale_input": None,
         "net": shape,
         "codec": codec,
-        "conditioner": {"kind": "text", "length": int(_tokenizer_length(folder))},
+        "conditioner": {"kind": "text", "length": _tokenizer_length(folder)},
     }
     own = read_json(folder / OWN) if (folder / OWN).is_file() else {}
     size = own.get("size") or [int(side) * factor for side in _pair(shape["size"])]
