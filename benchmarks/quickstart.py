@@ -10,15 +10,13 @@ time inside `train` counts. Curves of several names are kept in one file and dra
 import argparse
 import contextlib
 import json
-import os
-import platform
 import shutil
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
+from machine import machine
 
 from sfumato import load, load_config, train
 from sfumato.errors import Interrupted
@@ -50,21 +48,6 @@ def learning_curve(recipe: str, overrides: list[str], folder: Path, points: int,
         rows.append(row)
         print(f"{row['seconds']:7.0f} s  {row['images']:8,} images  {row['overall']:.3f}  {tasks}", file=sys.stderr)
     return rows
-
-
-def machine() -> dict[str, Any]:
-    """Where the numbers come from."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.exists() else []
-    said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    flags = said.get("flags", "").split()
-    return {
-        "cpu": f"{said.get('model name', platform.processor())} family {said.get('cpu family', '?')}",
-        "cores": os.cpu_count(),
-        "avx512_bf16": "avx512_bf16" in flags,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "torch": torch.__version__,
-    }
 
 
 def main() -> None:

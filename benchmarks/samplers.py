@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import machine
 from torch import Tensor
 
 from sfumato.bench import cost
@@ -261,9 +262,9 @@ def main() -> None:
     began = time.perf_counter()
     if chosen.only_run and not chosen.run:
         options.error("--only-run needs --run")
-    rows: dict[str, Any] = {"frontier": {}, "overhead": {}}
+    rows: dict[str, Any] = {"machine": machine()}
     if not chosen.only_run:
-        rows = {"frontier": frontier(lambda: time.perf_counter() - began), "overhead": overhead()}
+        rows |= {"frontier": frontier(lambda: time.perf_counter() - began), "overhead": overhead()}
     if chosen.run:
         rows["run"] = on_run(chosen.run, lambda: time.perf_counter() - began, chosen.pictures, chosen.calls)
         print("on the run", rows["run"]["untrained"], file=sys.stderr)
@@ -276,7 +277,7 @@ def main() -> None:
         return
     for kind in () if chosen.only_run else ("untrained", "tuned"):
         print(f"{kind:<10}", "  ".join(f"{calls}: {ratio:.2f}" for calls, ratio in rows["frontier"][kind].items()))
-    for name, row in rows["overhead"].items():
+    for name, row in rows.get("overhead", {}).items():
         print(f"{name:<10}", row)
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from sfumato import bench
 from sfumato.catalogue import SAMPLERS, Sampler, build
@@ -63,3 +64,14 @@ def test_unknown_samplers_are_named() -> None:
 def test_a_stochastic_sampler_has_no_order() -> None:
     row = bench.measured(Sampler(SAMPLERS["ddpm"].target, order=1, stochastic=True), ["linear"])
     assert row.order == {"linear": None} and row.error == {}
+
+
+def test_the_learned_path_has_room_for_the_order_and_is_the_same_each_time() -> None:
+    before = torch.get_rng_state()
+    one, two = (bench.path_named("learned") for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    t = torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
+    assert torch.equal(one.alpha(t), two.alpha(t))
+    for name in ("ddim", "dpmpp_2m"):
+        order = bench.samplers([name], paths=["learned"])[name].order["learned"]
+        assert order is not None and abs(order - SAMPLERS[name].order) < 0.25

@@ -73,12 +73,23 @@ def samplers(
     return found
 
 
+def path_named(name: str) -> Path:
+    """A path as it is built by default; one with weights as they are first drawn, in float64, with room for `RANGE`."""
+    if name != "learned":
+        path: Path = build(name, "Path")
+        return path
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        learned = build({"kind": name, "log_snr_min": 4 * RANGE[0]}, "Path")
+    return learned.double()  # type: ignore[no-any-return]
+
+
 def measured(line: Sampler, paths: Sequence[str], *, own: bool = False) -> Row:
     """Everything about one sampler."""
     row = Row(None if own or line.stochastic or line.order == 0 else line.order, line.calls)
     usual = not (line.stochastic or line.inverse or line.adaptive)
     for name in paths:
-        path = build(name, "Path")
+        path = path_named(name)
         row.order[name] = order_of(line, path) if usual and (line.order or own) else None
         if usual:
             row.error[name] = errors(line, path)
