@@ -12,8 +12,8 @@ from torch import Tensor
 from sfumato.catalogue import build
 from sfumato.codecs import Latents
 from sfumato.errors import CheckpointError
-from sfumato.io.families.autoencoder import DIFFUSERS, ORIGINAL, OURS, config_of, lines, modern
-from sfumato.io.keymap import renamed
+from sfumato.io.families.autoencoder import config_of, lines, modern
+from sfumato.io.keymap import DIFFUSERS, ORIGINAL, OURS, renamed
 from sfumato.io.pretrained import codec_from, fill_codec
 from sfumato.nets.autoencoder import PRESETS, Autoencoder
 

@@ -14,9 +14,8 @@ from sfumato.cli import main
 from sfumato.errors import CheckpointError, DataError
 from sfumato.io.directory import load_model, save_model
 from sfumato.io.export import save_published
-from sfumato.io.families.autoencoder import DIFFUSERS, ORIGINAL, OURS
 from sfumato.io.families.stable import config_of, lines
-from sfumato.io.keymap import renamed
+from sfumato.io.keymap import DIFFUSERS, ORIGINAL, OURS, renamed
 from sfumato.nets.stable_unet import PRESETS, StableUNet
 
 diffusers = pytest.importorskip("diffusers")

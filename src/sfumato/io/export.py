@@ -18,8 +18,7 @@ from sfumato.codecs import Latents
 from sfumato.errors import ConfigError
 from sfumato.io.directory import write_weights
 from sfumato.io.families import autoencoder, stable
-from sfumato.io.families.autoencoder import DIFFUSERS, OURS
-from sfumato.io.keymap import renamed
+from sfumato.io.keymap import DIFFUSERS, OURS, renamed
 from sfumato.io.published import INDEX, OWN, PREDICTIONS, SCHEDULES, as_size
 from sfumato.model import Model
 from sfumato.nets.stable_unet import StableUNet

@@ -1,53 +1,88 @@
 """One weight under the names of several layouts: a reversible table for each architecture, and nothing else.
 
-A line of the table names a module in each layout, ours among them. Where a layout keeps a linear layer as a convolution
-of 1x1, the line says so. Reading, writing and converting are the same function; a key without a line is an error that
-lists it, never skipped.
+A line of the table names a module in each layout, ours among them. Layouts differ in more than names, and a line says
+in what: one keeps a linear layer as a convolution of 1x1, one fuses what another keeps apart (queries, keys and values
+as the rows of one matrix), one has the two halves of its rows the other way round. Reading, writing and converting are
+the same function; a key without a line is an error that lists it, never skipped.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from sfumato.errors import CheckpointError
 
+OURS, DIFFUSERS, ORIGINAL = "ours", "diffusers", "original"
 LEAVES = ("weight", "bias")
 SHOWN = 8  # keys that one error names
 
 
 @dataclass(frozen=True)
 class Line:
-    """One module. names: by layout. square: the layouts that keep its weight (out, in) as (out, in, 1, 1)."""
+    """One module, or one bare parameter.
 
-    names: Mapping[str, str]
+    names: by layout; several where a layout keeps its rows apart, in the order of the rows.
+    shares: by layout, how the rows are dealt out to its names, as whole numbers in proportion; even where not said.
+    square: the layouts that keep its weight (out, in) as (out, in, 1, 1).
+    swapped: the layouts that keep the second half of its rows first.
+    leaves: of the module; ("",) for a bare parameter, whose name is the whole key.
+    """
+
+    names: Mapping[str, tuple[str, ...]]
     square: frozenset[str] = frozenset()
+    swapped: frozenset[str] = frozenset()
+    shares: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    leaves: tuple[str, ...] = LEAVES
+
+    def keys(self, layout: str) -> set[str]:
+        """All keys that this line may have in a layout."""
+        return {_key(name, leaf) for name in self.names.get(layout, ()) for leaf in self.leaves}
+
+    def rows(self, layout: str, total: int) -> list[int]:
+        """How many of so many rows each name of a layout has."""
+        shares = self.shares.get(layout) or (1,) * len(self.names[layout])
+        return [total * share // sum(shares) for share in shares]
 
 
-def line(square: Iterable[str] = (), **names: str) -> Line:
-    """A line, from the name in each layout."""
-    return Line(names, frozenset(square))
+def line(
+    square: Iterable[str] = (),
+    *,
+    swapped: Iterable[str] = (),
+    shares: Mapping[str, tuple[int, ...]] | None = None,
+    bare: bool = False,
+    **names: str | tuple[str, ...],
+) -> Line:
+    """A line, from the name or the names in each layout."""
+    each = {layout: (name,) if isinstance(name, str) else name for layout, name in names.items()}
+    return Line(each, frozenset(square), frozenset(swapped), shares or {}, ("",) if bare else LEAVES)
 
 
 def renamed(
     state: Mapping[str, Tensor], lines: Iterable[Line], source: str, target: str, where: str
 ) -> dict[str, Tensor]:
-    """The weights of one layout in another: the same numbers, squared or flattened as the lines say.
+    """The weights of one layout in another: the same numbers, squared, fused, split or swapped as the lines say.
 
-    where: the file, for errors. CheckpointError for keys without a line; that none is missing, the network sees.
+    where: the file, for errors. CheckpointError for keys without a line, and for modules of which a part is missing;
+    that a whole one is missing, the network sees.
     """
     out: dict[str, Tensor] = {}
     left = set(state)
     for one in lines:
-        for leaf in LEAVES:
-            key = f"{one.names[source]}.{leaf}"
-            if key not in state:
+        for leaf in one.leaves:
+            keys = [_key(name, leaf) for name in one.names.get(source, ())]
+            there = [key for key in keys if key in state]
+            if not there:
                 continue
-            left.remove(key)
-            value = state[key]
-            if leaf == "weight" and (source in one.square) != (target in one.square):
-                value = value.flatten(1) if source in one.square else value[:, :, None, None]
-            out[f"{one.names[target]}.{leaf}"] = value
+            if len(there) < len(keys):
+                missing = some(set(keys) - set(there))
+                raise CheckpointError("a part of a module is missing", where=where, seen=missing, fix="a whole file")
+            left.difference_update(keys)
+            if target in one.names:
+                out.update(_moved([state[key] for key in keys], one, leaf, source, target))
+            else:
+                left.update(keys)
     if left:
         raise CheckpointError(
             f"{len(left)} weights have no place in this network",
@@ -56,6 +91,23 @@ def renamed(
             fix="a checkpoint of this architecture",
         )
     return out
+
+
+def _moved(parts: list[Tensor], one: Line, leaf: str, source: str, target: str) -> dict[str, Tensor]:
+    if leaf == "weight" and (source in one.square) != (target in one.square):
+        parts = [part.flatten(1) if source in one.square else part[:, :, None, None] for part in parts]
+    names = [_key(name, leaf) for name in one.names[target]]
+    dealt = one.rows(target, sum(len(part) for part in parts)) if len(names) > 1 or len(parts) > 1 else []
+    if dealt and dealt != [len(part) for part in parts]:
+        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+        parts = list(whole.split(dealt))
+    if (source in one.swapped) != (target in one.swapped):
+        parts = [torch.cat(part.chunk(2)[::-1]) for part in parts]
+    return dict(zip(names, parts, strict=True))
+
+
+def _key(name: str, leaf: str) -> str:
+    return f"{name}.{leaf}" if leaf else name
 
 
 def some(keys: Iterable[str]) -> str:

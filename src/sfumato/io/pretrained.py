@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sfumato.errors import CheckpointError, ConfigError
 from sfumato.io.directory import read_weights
 from sfumato.io.families import autoencoder
-from sfumato.io.keymap import renamed, some
+from sfumato.io.keymap import DIFFUSERS, OURS, renamed, some
 
 NAMES = ("diffusion_pytorch_model", "model")  # of weights in a folder, before .safetensors and the like
 LATENTS = "latents"  # the kind of codec that is read here
@@ -111,12 +111,12 @@ def codec_from(slot: Any) -> tuple[Any, dict[str, Tensor]]:
     prefix = next((one for one in autoencoder.PREFIXES if any(key.startswith(f"{one}decoder.") for key in state)), "")
     state = {key.removeprefix(prefix): value.float() for key, value in state.items() if key.startswith(prefix)}
     layout = autoencoder.layout_of(list(state), str(path))
-    if layout == autoencoder.DIFFUSERS:
+    if layout == DIFFUSERS:
         state = autoencoder.modern(state)
     config = path / "config.json"
     told = read_json(config) if config.is_file() else {}
     shape = autoencoder.config_of(state, layout, str(path), int(told.get("norm_num_groups", 32)))
-    state = renamed(state, autoencoder.lines(shape), layout, autoencoder.OURS, str(path))
+    state = renamed(state, autoencoder.lines(shape), layout, OURS, str(path))
     found: dict[str, Any] = {
         "latent": shape.latent,
         "channels": list(shape.channels),

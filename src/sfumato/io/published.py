@@ -15,8 +15,7 @@ from torch import Tensor
 from sfumato.errors import CheckpointError, ConfigError, nearest
 from sfumato.io.directory import fill_weights
 from sfumato.io.families import stable
-from sfumato.io.families.autoencoder import DIFFUSERS, OURS
-from sfumato.io.keymap import renamed
+from sfumato.io.keymap import DIFFUSERS, OURS, renamed
 from sfumato.io.pretrained import codec_from, read_json, read_state
 from sfumato.model import Model, build_model
 from sfumato.names import sampler_named

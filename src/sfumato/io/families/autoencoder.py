@@ -9,10 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import Tensor
 
 from sfumato.errors import CheckpointError
-from sfumato.io.keymap import Line, line, some
+from sfumato.io.keymap import DIFFUSERS, ORIGINAL, OURS, Line, line, some
 from sfumato.nets.autoencoder import AutoencoderConfig
 
-OURS, DIFFUSERS, ORIGINAL = "ours", "diffusers", "original"
 PREFIXES = ("first_stage_model.", "vae.", "")  # where it lies in a single file of a whole model
 
 

@@ -11,8 +11,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from sfumato.errors import CheckpointError
-from sfumato.io.families.autoencoder import DIFFUSERS, ORIGINAL, OURS
-from sfumato.io.keymap import Line, line
+from sfumato.io.keymap import DIFFUSERS, ORIGINAL, OURS, Line, line
 from sfumato.nets.stable_unet import StableUNetConfig
 
 PREFIX = "model.diffusion_model."
