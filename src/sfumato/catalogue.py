@@ -166,6 +166,9 @@ CONDITIONERS = {
     "joined": "sfumato.conditioners:Joined",
     "text": "sfumato.text:Text",
     "texts": "sfumato.text:Texts",
+    "image": "sfumato.image_conditions:ImageMap",
+    "inpainting": "sfumato.image_conditions:Inpainting",
+    "image_tokens": "sfumato.image_conditions:ImageTokens",
 }
 FAMILIES = {"stable_diffusion": "sfumato.io.families.stable_diffusion:StableDiffusion"}
 DATA = {"scenes": "sfumato.data.scenes:Scenes", "folder": "sfumato.data.folder:Folder"}

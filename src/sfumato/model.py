@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from sfumato.catalogue import KINDS, build
 from sfumato.codecs import Codec
 from sfumato.conditioners import Conditioner, Raw
 from sfumato.config import FILLED_IN
+from sfumato.data.picture import Image
 from sfumato.denoiser import Cond, Denoiser
 from sfumato.errors import ConfigError, MachineError
 from sfumato.registry import options_of, target_of
@@ -49,6 +50,11 @@ class Model(nn.Module):
     def cond(self, raw: Sequence[Raw]) -> Cond:
         """What the network is told for some raw conditions."""
         return {} if self.conditioner is None else self.conditioner(raw)
+
+    def examples(self, images: Image, raw: Sequence[Raw], rng: Generator) -> Sequence[Raw]:
+        """The raw conditions of pictures to train on, with what is made of the pictures themselves."""
+        made: Sequence[Raw] = raw if self.conditioner is None else self.conditioner.examples(images, raw, rng)
+        return made
 
     def forward(self, x_t: Tensor, t: float | Tensor, cond: Cond | None = None) -> Tensor:
         """E[x0 | x_t]."""
@@ -90,8 +96,11 @@ def build_model(spec: Mapping[str, Any], source: Any = None, files: Mapping[str,
     height, width = spec["size"]
     if isinstance(conditioner, Conditioner):
         conditioner.of_size((int(height), int(width)))
+        conditioner.of_codec(codec)
     channels, inner_height, inner_width = codec.shape(height, width)
-    known = {"size": (inner_height, inner_width), "in_channels": channels}
+    told = int(getattr(conditioner, "channels", 0))  # beside x_t
+    known = {"size": (inner_height, inner_width), "in_channels": channels + told}
+    known |= {"out_channels": channels} if told else {}
     known |= {name: getattr(conditioner, name, 0) for name in FILLED_IN[1:]}
     net = build(_filled(section["net"], known), "Net")
     denoiser = Denoiser(

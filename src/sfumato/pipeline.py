@@ -18,10 +18,12 @@ from torch import Tensor
 from sfumato import __version__
 from sfumato.catalogue import build
 from sfumato.conditioners import Raw, silent
+from sfumato.data.given import recorded
 from sfumato.data.picture import Image
 from sfumato.denoiser import Cond
 from sfumato.errors import ConfigError, DataError, MemoryShortage, nearest
 from sfumato.guidance import guided
+from sfumato.image_conditions import Inpainting
 from sfumato.io.directory import load_model
 from sfumato.io.published import is_published, load_published
 from sfumato.io.tuned import read_tuned
@@ -32,7 +34,7 @@ from sfumato.paths import noised
 from sfumato.samplers import SeededNoise, Step, sample
 from sfumato.samples import Samples
 from sfumato.settings import Interval, Settings, is_whole
-from sfumato.starts import Begin, begin, known_where
+from sfumato.starts import Begin, begin, known_where, one_each
 
 Prompt = str | int | Raw | None  # text, a label, the raw fields of a conditioner, or nothing
 Progress = Callable[[int, int], None]  # steps done, of how many
@@ -128,7 +130,8 @@ class Pipeline:
         picture, or a first one to count from (0). size: (height, width), where the network can. batch: pictures at a
         time. negative: what to steer away from. interval: noise levels (low, high] within which to guide; (0, None) is
         all. image, strength, mask: a picture to start from, the share of the steps to make, and what of it may change
-        (white), see `sfumato.starts.begin`. progress: called with the steps done, and all.
+        (white), see `sfumato.starts.begin`; a model made for inpainting is told both.
+        progress: called with the steps done, and all.
         Raises DataError for words that the model does not know, ConfigError for settings that cannot be.
         """
         changes = {
@@ -140,7 +143,7 @@ class Pipeline:
             "rescale": rescale,
         }
         order = self._order(prompts, seeds, size, negative, changes)
-        order = replace(order, begin=begin(image, mask, strength, len(order.raw), order.size))
+        order = self._begun(order, image, mask, strength)
         if not (is_whole(batch) and batch >= 1):
             raise ConfigError("a batch holds at least one picture", where="batch", seen=repr(batch), fix="batch=64")
         images, n, each = [], len(order.raw), int(order.settings.steps)
@@ -207,7 +210,7 @@ class Pipeline:
             noise(torch.empty(len(order.raw), *shape, device=self.device)),
             guided(self._forward, path, guide, times, self._variant),
         )
-        if order.begin is None:
+        if order.begin is None or order.begin.from_noise:
             x = x * float(path.sigma(times[:1].to("cpu", torch.float64)))
         else:
             with torch.inference_mode():
@@ -310,6 +313,16 @@ class Pipeline:
             )
         return Order(raw, _seeds(seeds, len(raw)), settings, self._size(size), against)
 
+    def _begun(self, order: Order, image: Any, mask: Any, strength: float | None) -> Order:
+        """With a picture to start from; a model made for inpainting is told it, and the mask."""
+        begun = begin(image, mask, strength, len(order.raw), order.size)
+        inside = next((one for one in self.model.modules() if isinstance(one, Inpainting)), None)
+        if begun is None or begun.mask is None or inside is None:
+            return replace(order, begin=begun)
+        each = [{inside.image: one, inside.mask: mask} for one in one_each(image, len(order.raw))]
+        raw = [{**one, **own} for one, own in zip(order.raw, each, strict=True)]
+        return replace(order, raw=raw, begin=replace(begun, told=True))
+
     def _raw(self, prompt: Any) -> Raw:
         """A prompt as raw fields."""
         fields: tuple[str, ...] = tuple(getattr(self.model.conditioner, "fields", ()))
@@ -346,11 +359,11 @@ class Pipeline:
         """All there is to know of picture i."""
         said = {"prompt": _text(order.raw[i]), "seed": order.seeds[i], **order.settings.plain()}
         if order.raw[i].keys() - {"caption"}:
-            said["fields"] = dict(order.raw[i])
+            said["fields"] = {name: recorded(value) for name, value in order.raw[i].items()}
         if self.model.conditioner is None:
             said["guidance"] = 1.0  # whatever is recommended: there was nothing to guide by
         if order.negative is not None and order.negative.keys() - {"caption"}:
-            said["negative_fields"] = dict(order.negative)
+            said["negative_fields"] = {name: recorded(value) for name, value in order.negative.items()}
         if order.begin is not None:
             said |= {"strength": order.begin.strength, "masked": order.begin.mask is not None}
         negative = None if order.negative is None else _text(order.negative)
@@ -434,7 +447,8 @@ def _seeds(seeds: Any, n: int) -> list[int]:
 
 def _text(raw: Raw) -> Any:
     """What was asked for, in a word or a sentence."""
-    return raw.get("caption", next(iter(raw.values()), None))
+    plain = [value for value in raw.values() if isinstance(value, (str, Integral))]
+    return raw.get("caption", next(iter(plain), None))
 
 
 def _telling(progress: Progress, before: int, whole: int, each: int) -> Callable[[int], None]:

@@ -29,6 +29,9 @@ def sample(
     seed: int = typer.Option(0, "--seed", help="The first picture's seed; each next one adds 1."),
     file: Path | None = typer.Option(None, "--prompts", help="A file with a prompt on each line.", metavar="FILE"),
     grid: bool = typer.Option(False, "--grid", help="Also all pictures on one sheet."),
+    condition: list[str] | None = typer.Option(
+        None, "--condition", help="What else the model is told: label=3, layout=picture.png, ...", metavar="FIELD=VALUE"
+    ),
     image: Path | None = typer.Option(None, "--image", help="A picture to start from."),
     strength: float | None = typer.Option(
         None, "--strength", help="How much of it may change, above 0 up to 1. [default: 0.6; 1 with a mask]"
@@ -55,7 +58,8 @@ def sample(
 
     pipeline = load(run, device, precision=precision, parts=parts)
     place = made(folder or home(run) / "pictures")
-    asked = [prompt for prompt in wanted or [None] for _ in range(n)]
+    told = conditions(condition or [])
+    asked = [asking(prompt, told) for prompt in wanted or [None] for _ in range(n)]
     with bar("drawing") as progress:
         drawn = pipeline.sample(
             asked,
@@ -84,6 +88,20 @@ def sample(
     for path in [*paths, *([sheet] if sheet else [])]:
         line(path)
     say(f"{len(paths)} picture{'s' * (len(paths) > 1)} in {place}")
+
+
+def conditions(given: list[str]) -> dict[str, str]:
+    """Raw fields from the command line. ConfigError for what is no FIELD=VALUE."""
+    pairs = [one.partition("=") for one in given]
+    for one, (field, sign, value) in zip(given, pairs, strict=True):
+        if not (field and sign and value):
+            raise ConfigError("a condition is FIELD=VALUE", where="--condition", seen=one, fix="--condition label=3")
+    return {field: value for field, _, value in pairs}
+
+
+def asking(prompt: str | None, told: dict[str, str]) -> Any:
+    """What a pipeline is asked for: a prompt alone, or raw fields with it."""
+    return prompt if not told else {**({} if prompt is None else {"caption": prompt}), **told}
 
 
 def slot(text: str | None) -> Any:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import torch
 
-from sfumato.conditioners import Raw
 from sfumato.data.loader import Batch
 from sfumato.train.keys import generator
 from sfumato.train.step import Stepper, encoded
@@ -24,7 +23,7 @@ class Validation:
         losses, sizes, times, errors = [], [], [], []
         for i, batch in enumerate(self.batches):
             x0 = encoded(stepper.model, batch.images, stepper.device)
-            raw: Sequence[Raw] = batch.fields
+            raw = stepper.model.examples(batch.images, batch.fields, generator(self.seed, "examples", i))
             with stepper.autocast():
                 rng = generator(self.seed, "validation", i)
                 loss = stepper.objective(stepper.model.denoiser, x0, stepper.model.cond(raw), rng)

@@ -1,4 +1,7 @@
-"""Stable Diffusion 1 and 2 as diffusers keeps them: a U-Net on an autoencoder's latents, told a prompt by CLIP."""
+"""Stable Diffusion 1 and 2 as diffusers keeps them: a U-Net on an autoencoder's latents, told a prompt by CLIP.
+
+For inpainting the U-Net also takes a mask and the rest of the picture, nine channels in all: conditions like others.
+"""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -8,7 +11,9 @@ import torch
 from torch import Tensor
 
 from sfumato.codecs import Latents
+from sfumato.conditioners import Conditioner, Joined
 from sfumato.errors import CheckpointError, ConfigError
+from sfumato.image_conditions import Inpainting
 from sfumato.io import parts as shared
 from sfumato.io.families import stable
 from sfumato.io.family import Published
@@ -19,6 +24,7 @@ from sfumato.nets.stable_unet import StableUNet
 from sfumato.paths import Tabulated
 from sfumato.text import Text
 
+INPAINTING = "StableDiffusionInpaintPipeline"
 SHAPE = ("in_channels", "out_channels", "channels", "blocks", "depths", "middle", "heads", "context_dim")
 MORE = ("pooled_dim", "guidance_dim", "linear", "groups")
 
@@ -26,18 +32,19 @@ MORE = ("pooled_dim", "guidance_dim", "linear", "groups")
 class StableDiffusion:
     """The family. See `sfumato.io.family.Family`."""
 
-    pipelines = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+    pipelines = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", INPAINTING)
 
     def read_folder(self, folder: Path, index: Mapping[str, Any]) -> Published:
         path, prediction, sampling = shared.read_table(folder)
         shape, net = read_unet(folder / "unet")
         codec, autoencoder, factor = shared.read_vae(folder / "vae")
-        if shape["in_channels"] != codec["latent"]:
-            seen = f"{shape['in_channels']} channels, where the autoencoder has {codec['latent']}"
-            raise CheckpointError(
-                "a U-Net that takes more than latents (inpainting, say)", where=str(folder), seen=seen
-            )
         text, files = shared.read_text(folder)
+        conditioner: dict[str, Any] = {"kind": "text", "length": shared.tokenizer_length(folder)}
+        if shape["in_channels"] == 2 * codec["latent"] + 1:
+            conditioner, text, files = _inpainting(conditioner, text, files)
+        elif shape["in_channels"] != codec["latent"]:
+            seen = f"{shape['in_channels']} channels, where the autoencoder has {codec['latent']}"
+            raise CheckpointError("a U-Net that takes more than is known here", where=str(folder), seen=seen)
         section = {
             "path": path,
             "prediction": prediction,
@@ -45,7 +52,7 @@ class StableDiffusion:
             "scale_input": None,
             "net": shape,
             "codec": codec,
-            "conditioner": {"kind": "text", "length": shared.tokenizer_length(folder)},
+            "conditioner": conditioner,
         }
         size = [int(side) * factor for side in shared.pair(shape["size"])]
         sampling = {"steps": 50, "guidance": 7.5, **sampling}
@@ -56,15 +63,16 @@ class StableDiffusion:
         return (
             isinstance(model.net, StableUNet)
             and isinstance(model.codec, Latents)
-            and isinstance(model.conditioner, Text)
+            and text_of(model.conditioner) is not None
             and isinstance(model.denoiser.path, Tabulated)
         )
 
     def write_folder(self, place: Path, model: Model, dtype: torch.dtype) -> None:
-        net, codec, text, path = model.net, model.codec, model.conditioner, model.denoiser.path
+        net, codec, text, path = model.net, model.codec, text_of(model.conditioner), model.denoiser.path
         assert isinstance(net, StableUNet) and isinstance(codec, Latents)
-        assert isinstance(text, Text) and isinstance(path, Tabulated)
-        shared.write_index(place, self.pipelines[0], INDEX, model)
+        assert text is not None and isinstance(path, Tabulated)
+        kind = self.pipelines[0] if text is model.conditioner else INPAINTING
+        shared.write_index(place, kind, INDEX, model)
         shared.write_table(place, path, str(model.spec["model"]["prediction"]))
         write_unet(place / "unet", net, dtype)
         shared.write_vae(place, codec, dtype)
@@ -78,6 +86,24 @@ class StableDiffusion:
 
     def write_file(self, model: Model) -> dict[str, Tensor]:
         raise ConfigError("single files are not written yet", where="--to single-file", fix="--to diffusers")
+
+
+def _inpainting(
+    text: dict[str, Any], state: Mapping[str, Tensor], files: Mapping[str, bytes]
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, bytes]]:
+    """A prompt's conditioner joined with that of inpainting: the slot, the weights, the files."""
+    head = "conditioner."
+    moved = {f"{head}parts.0.{key.removeprefix(head)}": value for key, value in state.items()}
+    slot = {"kind": "joined", "parts": [text, {"kind": "inpainting"}]}
+    return slot, moved, {f"0.{name}": data for name, data in files.items()}
+
+
+def text_of(conditioner: Conditioner | None) -> Text | None:
+    """The text encoder of a model that is told a prompt, alone or joined with what is to be inpainted."""
+    if isinstance(conditioner, Joined) and len(conditioner.parts) == 2 and isinstance(conditioner.parts[1], Inpainting):
+        first = conditioner.parts[0]
+        return first if isinstance(first, Text) else None
+    return conditioner if isinstance(conditioner, Text) else None
 
 
 INDEX: dict[str, Any] = {
