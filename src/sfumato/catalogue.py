@@ -158,6 +158,7 @@ NETS = {
     "unet": "sfumato.nets.unet:UNet",
     "dit": "sfumato.nets.dit:DiT",
     "stable_unet": "sfumato.nets.stable_unet:StableUNet",
+    "controlled": "sfumato.nets.controlnet:controlled()",
 }
 CODECS = {"pixels": "sfumato.codecs:Pixels", "latents": "sfumato.codecs:Latents"}
 CONDITIONERS = {
@@ -169,6 +170,7 @@ CONDITIONERS = {
     "image": "sfumato.image_conditions:ImageMap",
     "inpainting": "sfumato.image_conditions:Inpainting",
     "image_tokens": "sfumato.image_conditions:ImageTokens",
+    "hint": "sfumato.image_conditions:Hint",
 }
 FAMILIES = {"stable_diffusion": "sfumato.io.families.stable_diffusion:StableDiffusion"}
 DATA = {"scenes": "sfumato.data.scenes:Scenes", "folder": "sfumato.data.folder:Folder"}

@@ -19,6 +19,7 @@ from sfumato.data.given import given
 from sfumato.data.picture import Image
 from sfumato.denoiser import CONCAT, Cond
 from sfumato.errors import ConfigError, DataError
+from sfumato.nets.controlnet import HINT, SCALE
 
 Size = tuple[int, int]
 
@@ -250,6 +251,29 @@ class ImageTokens(OfPictures):
             x = block(x)
         there = torch.tensor([image is not None for image in found]).to(x.device)
         return {"context": torch.where(there[:, None, None], self.norm(x), self.absent.to(x.dtype))}
+
+
+class Hint(OfPictures):
+    """The picture that a network's own ControlNet reads. Cond: hint (B, 3, H, W) in [0, 1], and hint_scale (B,) where
+    some have none.
+
+    It stays where guidance compares with no condition, as published controls are used.
+    """
+
+    def __init__(self, *, field: str = "control") -> None:
+        super().__init__(field, kept=True)
+        self.field = field
+
+    def forward(self, raw: Sequence[Raw]) -> Cond:
+        found = self.read(raw, self.field)
+        there = [image for image in found if image is not None]
+        if not there:
+            return {}
+        blank = np.zeros_like(there[0])
+        pixels = self.stacked([blank if image is None else image for image in found], self.field)
+        if len(there) == len(raw):
+            return {HINT: pixels}
+        return {HINT: pixels, SCALE: torch.tensor([float(image is not None) for image in found]).to(pixels.device)}
 
 
 def shrunk(image: Image, size: Size) -> Image:

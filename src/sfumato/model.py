@@ -118,6 +118,9 @@ def _filled(slot: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]
     target = target_of(str(slot["kind"]), KINDS["Net"])
     options = options_of(target) if target else None
     fitting = {name: value for name, value in known.items() if options is None or name in options}
+    inner = slot.get("net")  # of a network around another
+    if isinstance(inner, Mapping):
+        slot = {**slot, "net": _filled(inner, known)}
     return {**fitting, **slot, **({"size": fitting["size"]} if "size" in fitting else {})}
 
 

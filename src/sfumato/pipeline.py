@@ -7,6 +7,7 @@ its batch. Rows of one batch go through the network together, all branches of th
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,21 @@ from torch import Tensor
 from sfumato import __version__
 from sfumato.catalogue import build
 from sfumato.conditioners import Raw, silent
+from sfumato.controls import Control, Steered, controls_of
 from sfumato.data.given import recorded
 from sfumato.data.picture import Image
-from sfumato.denoiser import Cond
+from sfumato.denoiser import Cond, Denoiser
 from sfumato.errors import ConfigError, DataError, MemoryShortage, nearest
-from sfumato.guidance import guided
+from sfumato.guidance import Guidance, guided
 from sfumato.image_conditions import Inpainting
 from sfumato.io.directory import load_model
+from sfumato.io.families.controlnet import read_control
 from sfumato.io.published import is_published, load_published
 from sfumato.io.tuned import read_tuned
 from sfumato.model import Model, compile_net, pick_device
 from sfumato.names import TUNED, spelled_out
+from sfumato.nets.controlnet import Controlled, ControlNet
+from sfumato.nets.stable_unet import StableUNet
 from sfumato.nets.variants import variant
 from sfumato.paths import noised
 from sfumato.samplers import SeededNoise, Step, sample
@@ -52,11 +57,14 @@ class Order:
     size: tuple[int, int]
     negative: Raw | None
     begin: Begin | None = None
+    controls: Sequence[Control] = ()
 
     def part(self, start: int, stop: int) -> "Order":
         """Pictures `start` to `stop` of it."""
         begun = None if self.begin is None else self.begin.part(start, stop)
-        return replace(self, raw=self.raw[start:stop], seeds=self.seeds[start:stop], begin=begun)
+        controls = [one.part(start, stop) for one in self.controls]
+        raw, seeds = self.raw[start:stop], self.seeds[start:stop]
+        return replace(self, raw=raw, seeds=seeds, begin=begun, controls=controls)
 
 
 class Pipeline:
@@ -74,6 +82,7 @@ class Pipeline:
         self.model = model.to(self.device).eval()
         self.precision = precision
         self._variants: dict[str, torch.nn.Module] = {}
+        self.controls: dict[str, ControlNet] = {}  # by name; a path is a name too, and is read when it is asked for
         self.tuned: dict[int, dict[str, Any]] = {}  # slots of samplers made for this model, by number of steps
         if compile:
             compile_net(self.model.net, self.device)
@@ -121,6 +130,7 @@ class Pipeline:
         image: Any = None,
         strength: float | None = None,
         mask: Any = None,
+        control: Mapping[str, Any] | None = None,
         batch: int = 64,
         progress: Progress | None = None,
     ) -> Samples:
@@ -131,7 +141,8 @@ class Pipeline:
         time. negative: what to steer away from. interval: noise levels (low, high] within which to guide; (0, None) is
         all. image, strength, mask: a picture to start from, the share of the steps to make, and what of it may change
         (white), see `sfumato.starts.begin`; a model made for inpainting is told both.
-        progress: called with the steps done, and all.
+        control: by name or path of a ControlNet its picture, or {"image": ..., "scale": 1.0, "interval": (0, None)}, an
+        interval of noise levels; see `controls`. progress: called with the steps done, and all.
         Raises DataError for words that the model does not know, ConfigError for settings that cannot be.
         """
         changes = {
@@ -144,6 +155,7 @@ class Pipeline:
         }
         order = self._order(prompts, seeds, size, negative, changes)
         order = self._begun(order, image, mask, strength)
+        order = replace(order, controls=controls_of(control, len(order.raw), order.size))
         if not (is_whole(batch) and batch >= 1):
             raise ConfigError("a batch holds at least one picture", where="batch", seen=repr(batch), fix="batch=64")
         images, n, each = [], len(order.raw), int(order.settings.steps)
@@ -206,9 +218,12 @@ class Pipeline:
                 lambda: self._instead(order, order.negative or {}),
                 lambda prompt: self._instead(order, self._raw(prompt)),
             )
+        forward = self._forward
+        if order.controls:
+            forward, guide = self._steered(order.controls, guide)
         x, denoise = (
             noise(torch.empty(len(order.raw), *shape, device=self.device)),
-            guided(self._forward, path, guide, times, self._variant),
+            guided(forward, path, guide, times, self._variant),
         )
         if order.begin is None or order.begin.from_noise:
             x = x * float(path.sigma(times[:1].to("cpu", torch.float64)))
@@ -227,10 +242,29 @@ class Pipeline:
                 return
             yield step
 
-    def _forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    def _steered(self, controls: Sequence[Control], guide: Guidance) -> tuple[Callable[..., Tensor], Guidance]:
+        """The forward of the network under controls, and the guidance that tells it their pictures."""
+        nets = [self._control(one.name) for one in controls]
+        own, denoiser = self.model.net, self.model.denoiser
+        base, inside = (own.net, list(own.controls)) if isinstance(own, Controlled) else (own, [])
+        if not isinstance(base, StableUNet):
+            seen = type(base).__name__
+            raise ConfigError("only U-Nets of Stable Diffusion are controlled", where="control", seen=seen)
+        net = Controlled(base, [*inside, *nets])  # type: ignore[list-item]
+        parts = (denoiser.path, denoiser.prediction, denoiser.time_input, denoiser.scale_input, denoiser.answers)
+        steered = Denoiser(net, *parts).eval()
+        hints = [one.hint(net, self.device) for one, net in zip(controls, nets, strict=True)]
+        return partial(self._forward, model=steered), Steered(guide, controls, hints, len(inside))
+
+    def _control(self, name: str) -> ControlNet:
+        if name not in self.controls:
+            self.controls[name] = read_control(Path(name)).to(self.device)
+        return self.controls[name].to(self.device)
+
+    def _forward(self, x: Tensor, t: Tensor, cond: Cond, model: torch.nn.Module | None = None) -> Tensor:
         try:
             with self._autocast():
-                x0: Tensor = self.model(x, t, cond)
+                x0: Tensor = (model or self.model)(x, t, cond)
             return x0
         except RuntimeError as error:
             raise self._explained(error, x) from error
@@ -366,6 +400,8 @@ class Pipeline:
             said["negative_fields"] = {name: recorded(value) for name, value in order.negative.items()}
         if order.begin is not None:
             said |= {"strength": order.begin.strength, "masked": order.begin.mask is not None}
+        if order.controls:
+            said["control"] = [one.plain(i) for one in order.controls]
         negative = None if order.negative is None else _text(order.negative)
         facts = {"model": self.model.facts} if self.model.facts else {}
         return {

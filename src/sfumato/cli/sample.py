@@ -37,6 +37,9 @@ def sample(
         None, "--strength", help="How much of it may change, above 0 up to 1. [default: 0.6; 1 with a mask]"
     ),
     mask: Path | None = typer.Option(None, "--mask", help="A picture that is white where --image may change."),
+    control: list[str] | None = typer.Option(
+        None, "--control", help="A ControlNet, its picture, and perhaps a scale.", metavar="MODEL:PICTURE[:SCALE]"
+    ),
     size: str | None = typer.Option(None, "--size", help="HEIGHTxWIDTH, where the network can.", metavar="HxW"),
     batch: int = typer.Option(64, "--batch", min=1, help="Pictures at a time."),
     folder: Path | None = typer.Option(None, "--out", help="Where to write. [default: RUN/pictures]"),
@@ -70,6 +73,7 @@ def sample(
             image=image,
             strength=strength,
             mask=mask,
+            control=controls(control or []),
             negative=negative,
             seeds=seed,
             size=height_width,
@@ -97,6 +101,23 @@ def conditions(given: list[str]) -> dict[str, str]:
         if not (field and sign and value):
             raise ConfigError("a condition is FIELD=VALUE", where="--condition", seen=one, fix="--condition label=3")
     return {field: value for field, _, value in pairs}
+
+
+def controls(given: list[str]) -> dict[str, Any] | None:
+    """Controls from the command line. ConfigError for what is no MODEL:PICTURE[:SCALE]."""
+    found: dict[str, Any] = {}
+    for one in given:
+        parts = one.split(":")
+        scale = parts.pop() if len(parts) > 2 else "1"
+        try:
+            model, picture = parts
+            found[model] = {"image": picture, "scale": float(scale)}
+        except ValueError:
+            what, fix = "a control is MODEL:PICTURE[:SCALE]", "--control canny:edges.png:0.8"
+            raise ConfigError(what, where="--control", seen=one, fix=fix) from None
+        if not (model and picture):
+            raise ConfigError("a control has a model and a picture", where="--control", seen=one)
+    return found or None
 
 
 def asking(prompt: str | None, told: dict[str, str]) -> Any:

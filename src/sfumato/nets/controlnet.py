@@ -163,7 +163,8 @@ def controlled(
         seen = "nothing" if net is None else type(net).__name__
         fix = "control.base=A_RUN_OR_MODEL"
         raise ConfigError("only U-Nets of Stable Diffusion are controlled", where="model.net.net", seen=seen, fix=fix)
-    shape = replace(net.config, **dict(unet or {}))  # type: ignore[arg-type]
+    changes = {name: tuple(value) if isinstance(value, list) else value for name, value in (unet or {}).items()}
+    shape = replace(net.config, **changes)  # type: ignore[arg-type]
     control = ControlNet(ControlNetConfig(shape, tuple(hint), colours, bgr))
     return Controlled(net.requires_grad_(False), [control])
 

@@ -142,6 +142,16 @@ def _filled(kind: type[ControlNet], config: ControlNetConfig, state: dict[str, T
     return made.eval().requires_grad_(False)
 
 
+def slot_of(config: ControlNetConfig, unet: Mapping[str, Any]) -> dict[str, Any]:
+    """The slot of a network with this control, around the slot of its U-Net."""
+    slot: dict[str, Any] = {"kind": "controlled", "net": dict(unet), "hint": list(config.hint)}
+    slot |= {"colours": config.colours, "bgr": config.bgr}
+    shape = {name: getattr(config.unet, name) for name in unet if name not in ("kind", "size", "out_channels")}
+    shape = {name: list(value) if isinstance(value, tuple) else value for name, value in shape.items()}
+    other = {name: value for name, value in shape.items() if value != unet[name]}
+    return slot | ({"unet": other} if other else {})
+
+
 def write_control(folder: Path, control: ControlNet, dtype: torch.dtype) -> None:
     """diffusers' ControlNetModel."""
     shared.write_json(folder / "config.json", _config(control.config))

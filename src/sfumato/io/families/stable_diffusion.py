@@ -1,11 +1,12 @@
 """Stable Diffusion 1 and 2 as diffusers keeps them: a U-Net on an autoencoder's latents, told a prompt by CLIP.
 
 For inpainting the U-Net also takes a mask and the rest of the picture, nine channels in all: conditions like others.
+Under a ControlNet it is a network of its own kind, whose control is told a picture.
 """
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,17 +14,19 @@ from torch import Tensor
 from sfumato.codecs import Latents
 from sfumato.conditioners import Conditioner, Joined
 from sfumato.errors import CheckpointError, ConfigError
-from sfumato.image_conditions import Inpainting
+from sfumato.image_conditions import Hint, Inpainting
 from sfumato.io import parts as shared
-from sfumato.io.families import stable
+from sfumato.io.families import controlnet, stable
 from sfumato.io.family import Published
 from sfumato.io.keymap import DIFFUSERS, OURS, renamed
 from sfumato.io.pretrained import read_json, read_state
 from sfumato.model import Model
+from sfumato.nets.controlnet import Controlled, ControlNet
 from sfumato.nets.stable_unet import StableUNet
 from sfumato.paths import Tabulated
 from sfumato.text import Text
 
+CONTROLLED = "StableDiffusionControlNetPipeline"
 INPAINTING = "StableDiffusionInpaintPipeline"
 SHAPE = ("in_channels", "out_channels", "channels", "blocks", "depths", "middle", "heads", "context_dim")
 MORE = ("pooled_dim", "guidance_dim", "linear", "groups")
@@ -32,7 +35,7 @@ MORE = ("pooled_dim", "guidance_dim", "linear", "groups")
 class StableDiffusion:
     """The family. See `sfumato.io.family.Family`."""
 
-    pipelines = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", INPAINTING)
+    pipelines = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", INPAINTING, CONTROLLED)
 
     def read_folder(self, folder: Path, index: Mapping[str, Any]) -> Published:
         path, prediction, sampling = shared.read_table(folder)
@@ -41,10 +44,14 @@ class StableDiffusion:
         text, files = shared.read_text(folder)
         conditioner: dict[str, Any] = {"kind": "text", "length": shared.tokenizer_length(folder)}
         if shape["in_channels"] == 2 * codec["latent"] + 1:
-            conditioner, text, files = _inpainting(conditioner, text, files)
+            conditioner, text, files = _joined(conditioner, text, files, {"kind": "inpainting"})
         elif shape["in_channels"] != codec["latent"]:
             seen = f"{shape['in_channels']} channels, where the autoencoder has {codec['latent']}"
             raise CheckpointError("a U-Net that takes more than is known here", where=str(folder), seen=seen)
+        size = [int(side) * factor for side in shared.pair(shape["size"])]
+        if controlnet.PART in index:
+            conditioner, text, files = _joined(conditioner, text, files, {"kind": "hint", "field": "control"})
+            shape, net = _under_control(folder, index, shape, net)
         section = {
             "path": path,
             "prediction": prediction,
@@ -54,25 +61,28 @@ class StableDiffusion:
             "codec": codec,
             "conditioner": conditioner,
         }
-        size = [int(side) * factor for side in shared.pair(shape["size"])]
         sampling = {"steps": 50, "guidance": 7.5, **sampling}
         state = net | autoencoder | text
         return Published(section, size, sampling, state, files, shared.facts_of(folder, index))
 
     def owns(self, model: Model) -> bool:
         return (
-            isinstance(model.net, StableUNet)
+            (isinstance(model.net, StableUNet) or (isinstance(model.net, Controlled) and len(model.net.controls) == 1))
             and isinstance(model.codec, Latents)
             and text_of(model.conditioner) is not None
             and isinstance(model.denoiser.path, Tabulated)
         )
 
     def write_folder(self, place: Path, model: Model, dtype: torch.dtype) -> None:
-        net, codec, text, path = model.net, model.codec, text_of(model.conditioner), model.denoiser.path
+        codec, text, path = model.codec, text_of(model.conditioner), model.denoiser.path
+        net = model.net.net if isinstance(model.net, Controlled) else model.net
         assert isinstance(net, StableUNet) and isinstance(codec, Latents)
         assert text is not None and isinstance(path, Tabulated)
-        kind = self.pipelines[0] if text is model.conditioner else INPAINTING
-        shared.write_index(place, kind, INDEX, model)
+        if isinstance(model.net, Controlled):
+            shared.write_index(place, CONTROLLED, INDEX | {controlnet.PART: ["diffusers", "ControlNetModel"]}, model)
+            controlnet.write_control(place / controlnet.PART, cast(ControlNet, model.net.controls[0]), dtype)
+        else:
+            shared.write_index(place, self.pipelines[0] if text is model.conditioner else INPAINTING, INDEX, model)
         shared.write_table(place, path, str(model.spec["model"]["prediction"]))
         write_unet(place / "unet", net, dtype)
         shared.write_vae(place, codec, dtype)
@@ -88,21 +98,35 @@ class StableDiffusion:
         raise ConfigError("single files are not written yet", where="--to single-file", fix="--to diffusers")
 
 
-def _inpainting(
-    text: dict[str, Any], state: Mapping[str, Tensor], files: Mapping[str, bytes]
+def _joined(
+    text: dict[str, Any], state: Mapping[str, Tensor], files: Mapping[str, bytes], other: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, bytes]]:
-    """A prompt's conditioner joined with that of inpainting: the slot, the weights, the files."""
+    """A prompt's conditioner joined with one without weights: the slot, the weights, the files."""
     head = "conditioner."
     moved = {f"{head}parts.0.{key.removeprefix(head)}": value for key, value in state.items()}
-    slot = {"kind": "joined", "parts": [text, {"kind": "inpainting"}]}
+    slot = {"kind": "joined", "parts": [text, other]}
     return slot, moved, {f"0.{name}": data for name, data in files.items()}
 
 
+def _under_control(
+    folder: Path, index: Mapping[str, Any], shape: Mapping[str, Any], net: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The slot and the weights of a U-Net with the ControlNet that lies beside it."""
+    kind = str(index[controlnet.PART][1])
+    if kind != "ControlNetModel":
+        fix = "--control, once for each"
+        raise CheckpointError("a folder holds one control", where=str(folder), seen=kind, fix=fix)
+    control = controlnet.read_control(folder / controlnet.PART)
+    state = {f"net.{key}": value for key, value in net.items()}  # all of them begin with `net.` already
+    state |= {f"{controlnet.SAVED}{key}": value for key, value in control.state_dict().items()}
+    return controlnet.slot_of(control.config, shape), state
+
+
 def text_of(conditioner: Conditioner | None) -> Text | None:
-    """The text encoder of a model that is told a prompt, alone or joined with what is to be inpainted."""
-    if isinstance(conditioner, Joined) and len(conditioner.parts) == 2 and isinstance(conditioner.parts[1], Inpainting):
-        first = conditioner.parts[0]
-        return first if isinstance(first, Text) else None
+    """The text encoder of a model that is told a prompt, alone or joined with pictures of this family."""
+    if isinstance(conditioner, Joined) and len(conditioner.parts) == 2:
+        first, other = conditioner.parts
+        return first if isinstance(first, Text) and isinstance(other, (Inpainting, Hint)) else None
     return conditioner if isinstance(conditioner, Text) else None
 
 
