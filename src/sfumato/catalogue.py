@@ -167,6 +167,7 @@ CONDITIONERS = {
     "joined": "sfumato.conditioners:Joined",
     "text": "sfumato.text:Text",
 }
+FAMILIES = {"stable_diffusion": "sfumato.io.families.stable_diffusion:StableDiffusion"}
 DATA = {"scenes": "sfumato.data.scenes:Scenes", "folder": "sfumato.data.folder:Folder"}
 OPTIMIZERS = {"adamw": "sfumato.train.optim:adamw", "muon": "sfumato.train.optim:muon"}
 

@@ -13,9 +13,9 @@ from sfumato import load
 from sfumato.cli import main
 from sfumato.errors import CheckpointError, DataError
 from sfumato.io.directory import load_model, save_model
-from sfumato.io.export import save_published
 from sfumato.io.families.stable import config_of, lines
 from sfumato.io.keymap import DIFFUSERS, ORIGINAL, OURS, renamed
+from sfumato.io.published import save_published
 from sfumato.nets.stable_unet import PRESETS, StableUNet
 
 diffusers = pytest.importorskip("diffusers")
@@ -241,8 +241,8 @@ def test_folders_that_are_not_whole_are_named(whole: tuple[Any, Path], tmp_path:
     copy = tmp_path / "other"
     shutil.copytree(whole[1], copy)
     index = json.loads((copy / "model_index.json").read_text())
-    (copy / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
-    with pytest.raises(CheckpointError, match="FluxPipeline"):
+    (copy / "model_index.json").write_text(json.dumps(index | {"_class_name": "FlaxPipeline"}))
+    with pytest.raises(CheckpointError, match="FlaxPipeline"):
         load(copy, "cpu")
 
 

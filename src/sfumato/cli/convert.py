@@ -29,7 +29,7 @@ def convert(
     if target.exists():
         raise ConfigError("this folder exists already", where=str(target), fix="choose another name, or move it away")
     from sfumato.io.directory import save_model
-    from sfumato.io.export import save_published
+    from sfumato.io.published import save_published
     from sfumato.pipeline import DTYPES as KINDS
     from sfumato.pipeline import load
 
