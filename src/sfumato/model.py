@@ -58,15 +58,16 @@ class Model(nn.Module):
     def weights(self) -> dict[str, Tensor]:
         """Every weight and buffer once, detached, by the name it is stored under."""
         return {
-            f"{name}.{key}": value for name, part in self._parts().items() for key, value in part.state_dict().items()
+            f"{name}.{key}": value for name, part in self.parts().items() for key, value in part.state_dict().items()
         }
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that learn, by the same names."""
-        named = ((f"{name}.{key}", p) for name, part in self._parts().items() for key, p in part.named_parameters())
+        named = ((f"{name}.{key}", p) for name, part in self.parts().items() for key, p in part.named_parameters())
         return {name: p for name, p in named if p.requires_grad}
 
-    def _parts(self) -> dict[str, nn.Module]:
+    def parts(self) -> dict[str, nn.Module]:
+        """What has weights, by the first part of their names."""
         parts: dict[str, object] = {"net": self.net, "conditioner": self.conditioner, "codec": self.codec}
         parts["path"] = self.denoiser.path  # a learned one
         return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}

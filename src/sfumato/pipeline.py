@@ -67,8 +67,7 @@ class Pipeline:
     def __init__(
         self, model: Model, device: str | torch.device = "auto", *, precision: str = "fp32", compile: bool = False
     ) -> None:
-        if precision not in DTYPES:
-            raise ConfigError("no such precision", where="precision", seen=precision, fix=nearest(precision, DTYPES))
+        _dtype(precision)
         self.device = pick_device(device) if isinstance(device, str) else device
         self.model = model.to(self.device).eval()
         self.precision = precision
@@ -367,11 +366,13 @@ def load(
     precision: str = "fp32",
     compile: bool = False,
     trust: bool = False,
+    parts: str | Path | None = None,
 ) -> Pipeline:
-    """The pipeline of a model directory, of a run, whose newest `model/` it takes, or of a folder of diffusers.
-    CheckpointError if it is damaged.
+    """The pipeline of a model directory, of a run, whose newest `model/` it takes, of a folder of diffusers, or of an
+    original file. CheckpointError if it is damaged.
 
-    precision, compile: as of `Pipeline`. trust: as of `sfumato.io.directory.load_model`.
+    precision, compile: as of `Pipeline`; in half precision weights take half the memory too. trust: as of
+    `sfumato.io.directory.load_model`. parts: for a single file, a folder of diffusers with what it lacks.
     """
     folder = model_folder(path)
     if not folder.exists():
@@ -379,13 +380,27 @@ def load(
         raise DataError(
             "there is no such run or model",
             where=str(path),
-            seen="no folder",
+            seen="no such path",
             fix=", ".join(near) or "sfumato train quickstart",
         )
-    model = load_published(folder) if is_published(folder) else load_model(folder, trust=trust)
-    pipeline = Pipeline(model, device, precision=precision, compile=compile)
+    kind = _dtype(precision)
+    straight: dict[str, Any] = {
+        "device": pick_device(device) if isinstance(device, str) else device,
+        "matrices": None if kind == torch.float32 else kind,
+    }
+    if is_published(folder):
+        model = load_published(folder, None if parts is None else Path(parts).expanduser(), **straight)
+    else:
+        model = load_model(folder, trust=trust, **straight)
+    pipeline = Pipeline(model, straight["device"], precision=precision, compile=compile)
     pipeline.tuned = read_tuned(folder)
     return pipeline
+
+
+def _dtype(precision: str) -> torch.dtype:
+    if precision not in DTYPES:
+        raise ConfigError("no such precision", where="precision", seen=precision, fix=nearest(precision, DTYPES))
+    return DTYPES[precision]
 
 
 def model_folder(path: str | Path) -> Path:

@@ -10,8 +10,9 @@ import torch
 
 from sfumato import files
 from sfumato.errors import CheckpointError, ConfigError, nearest
-from sfumato.io.directory import fill_weights, write_weights
+from sfumato.io.directory import write_weights
 from sfumato.io.family import Family, Published, families
+from sfumato.io.fill import fill_weights, unfilled
 from sfumato.io.keymap import some
 from sfumato.io.parts import INDEX, read_own
 from sfumato.io.pretrained import FILES, read_json, read_state
@@ -23,18 +24,24 @@ def is_published(path: Path) -> bool:
     return (path / INDEX).is_file() or (path.is_file() and path.suffix in FILES)
 
 
-def load_published(path: Path, parts: Path | None = None) -> Model:
+def load_published(
+    path: Path,
+    parts: Path | None = None,
+    *,
+    device: torch.device | None = None,
+    matrices: torch.dtype | None = None,
+) -> Model:
     """The model of a folder of diffusers, or of an original file, in evaluation mode.
 
     parts: a folder of diffusers with what a single file has not: a tokenizer, say. CheckpointError for what is missing
-    or not known.
+    or not known. device, matrices: see `sfumato.io.fill.fill_weights`.
     """
     path = Path(path)
     found = _file(path, parts) if path.is_file() else _folder(path)
     spec = {"model": found.section, "size": found.size, "sampling": found.sampling}
-    with torch.random.fork_rng(devices=[]):  # weights are initialised, and then overwritten
+    with torch.random.fork_rng(devices=[]), unfilled():
         model = build_model(spec, files=found.files)
-    fill_weights(model, found.state, str(path))
+    fill_weights(model, found.state, str(path), device, matrices)
     model.facts = found.facts
     return model.eval().requires_grad_(False)
 
