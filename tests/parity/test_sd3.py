@@ -97,6 +97,19 @@ def test_the_original_layout_is_that_which_diffusers_converts(peer: Any) -> None
     assert all(torch.equal(theirs[key], value) for key, value in state.items())
 
 
+def test_what_no_answer_tells_apart_has_its_own_name(peer: Any) -> None:
+    """Two biases that are added, and gains of queries and keys of one stream, could be exchanged unseen."""
+    config = config_of(peer.state_dict(), DIFFUSERS, "here", size=8, heads=3)
+    ours = renamed(peer.state_dict(), lines(config), DIFFUSERS, OURS, "here")
+    embed = peer.time_text_embed
+    assert torch.equal(ours["time.mlp.2.bias"], embed.timestep_embedder.linear_2.bias)
+    assert torch.equal(ours["pooled.2.bias"], embed.text_embedder.linear_2.bias)
+    for i in config.dual if config.qk_norm else ():
+        theirs = peer.transformer_blocks[i].attn2
+        assert torch.equal(ours[f"blocks.{i}.image.second.q_norm.weight"], theirs.norm_q.weight)
+        assert torch.equal(ours[f"blocks.{i}.image.second.k_norm.weight"], theirs.norm_k.weight)
+
+
 def test_fresh_positions_are_those_of_diffusers() -> None:
     theirs = diffusers.SD3Transformer2DModel(**SMALL)
     ours = MMDiT(config_of(theirs.state_dict(), DIFFUSERS, "here", size=8, heads=3))

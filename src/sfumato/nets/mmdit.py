@@ -21,8 +21,8 @@ from sfumato.nets.layers import FeedForward, RMSNorm, TimeEmbedding, attended, m
 class MMDiTConfig:
     """The shape of an MMDiT. `PRESETS` has those of Stable Diffusion 3 and 3.5.
 
-    size: (height, width) it is made for; others are cut from the middle of the table of positions. table: positions a
-    side of it, in patches; 0 for as many as `size` has. Its places stand as far apart as if `size` filled it.
+    size: (height, width) it is made for; others work too, and all are cut from the middle of the table of positions.
+    table: positions a side of it, in patches; 0 for as many as `size` has. step: how far apart they stand.
     dual: the blocks with a second attention of the picture alone. qk_norm: RMS-normalised queries and keys.
     context_dim, pooled_dim: widths of the prompt's tokens and of its summary, 0 for none; without tokens there is one
     stream. classes: labels 0..classes-1, and `classes` itself for "none". out_channels: in_channels unless said.
@@ -42,6 +42,7 @@ class MMDiTConfig:
     qk_norm: bool = False
     dual: tuple[int, ...] = ()
     table: int = 0
+    step: float = 1.0
     dropout: float = 0.0
 
     @property
@@ -56,10 +57,12 @@ class MMDiTConfig:
         return self.table or max(self.grid)
 
 
-_MEDIUM = MMDiTConfig(size=128, dim=1536, depth=24, heads=24, context_dim=4096, pooled_dim=2048, table=192)
+_MEDIUM = MMDiTConfig(
+    size=128, dim=1536, depth=24, heads=24, context_dim=4096, pooled_dim=2048, table=192, step=64 / 192
+)
 PRESETS = {
     "sd3-medium": _MEDIUM,
-    "sd3.5-medium": replace(_MEDIUM, qk_norm=True, dual=tuple(range(13)), table=384),
+    "sd3.5-medium": replace(_MEDIUM, qk_norm=True, dual=tuple(range(13)), table=384, step=64 / 384),
     "sd3.5-large": replace(_MEDIUM, dim=2432, depth=38, heads=38, qk_norm=True),
 }
 
@@ -86,8 +89,7 @@ class MMDiT(nn.Module):
         self.config, self.checkpointing = config, False
         dim, side = config.dim, config.side
         self.entry = nn.Conv2d(config.in_channels, dim, config.patch, stride=config.patch)
-        step = max(config.grid) / side
-        self.register_buffer("positions", sincos_2d(side, side, dim, step=step)[None])
+        self.register_buffer("positions", sincos_2d(side, side, dim, step=config.step)[None])
         self.time = TimeEmbedding(dim)
         self.pooled = _mlp(config.pooled_dim, dim) if config.pooled_dim else None
         self.label = nn.Embedding(config.classes + 1, dim) if config.classes else None

@@ -110,12 +110,12 @@ def config_of(
 ) -> MMDiTConfig:
     """The shape that the weights of diffusers' or the original layout tell.
 
-    size: of the latents, which leaves no trace in them. heads: where norms do not tell, 64 channels each unless said.
+    size: of the latents, which leaves no trace in them but in the positions, read with the rest. heads: where norms do not tell, 64 channels each unless said.
     """
     marks = _MARKS[layout]
     try:
         dim, channels, patch = state[marks["entry"]].shape[:3]
-        depth = _count(state, marks["block"])
+        depth, side = _count(state, marks["block"]), math.isqrt(state[marks["table"]].shape[1])
         width = len(state[marks["norm"]]) if marks["norm"] in state else 0
         return MMDiTConfig(
             size=size,
@@ -130,7 +130,8 @@ def config_of(
             pooled_dim=state[marks["pooled"]].shape[1],
             qk_norm=bool(width),
             dual=tuple(i for i in range(depth) if marks["second"].format(i) in state),
-            table=math.isqrt(state[marks["table"]].shape[1]),
+            table=side,
+            step=size / patch / side,
         )
     except (KeyError, IndexError, ValueError) as error:
         raise CheckpointError("a weight of the MMDiT is missing", where=where, seen=str(error)) from None
