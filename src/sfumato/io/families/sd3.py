@@ -110,7 +110,8 @@ def config_of(
 ) -> MMDiTConfig:
     """The shape that the weights of diffusers' or the original layout tell.
 
-    size: of the latents, which leaves no trace in them but in the positions, read with the rest. heads: where norms do not tell, 64 channels each unless said.
+    size: of the latents, of which they keep no trace but the positions. heads: where norms do not tell, 64 channels
+    each unless said.
     """
     marks = _MARKS[layout]
     try:

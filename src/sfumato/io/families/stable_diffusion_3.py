@@ -1,14 +1,13 @@
 """Stable Diffusion 3 and 3.5: an MMDiT on an autoencoder's latents, told a prompt by two CLIPs and a T5."""
 
-from collections.abc import Collection, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sfumato.errors import CheckpointError, ConfigError
+from sfumato.errors import ConfigError
 from sfumato.io import parts as shared
 from sfumato.io.families import sd3
 from sfumato.io.keymap import DIFFUSERS, OURS, renamed
