@@ -167,7 +167,10 @@ CONDITIONERS = {
     "joined": "sfumato.conditioners:Joined",
     "text": "sfumato.text:Text",
 }
-FAMILIES = {"stable_diffusion": "sfumato.io.families.stable_diffusion:StableDiffusion"}
+FAMILIES = {
+    "stable_diffusion": "sfumato.io.families.stable_diffusion:StableDiffusion",
+    "stable_diffusion_3": "sfumato.io.families.stable_diffusion_3:StableDiffusion3",
+}
 DATA = {"scenes": "sfumato.data.scenes:Scenes", "folder": "sfumato.data.folder:Folder"}
 OPTIMIZERS = {"adamw": "sfumato.train.optim:adamw", "muon": "sfumato.train.optim:muon"}
 

@@ -66,7 +66,7 @@ def answers(peer: Any, ours: MMDiT) -> tuple[Tensor, Tensor]:
 
 
 def test_the_network_of_diffusers_answers_the_same_here(peer: Any) -> None:
-    config = config_of(peer.state_dict(), DIFFUSERS, "here", size=8, heads=3)
+    config = config_of(peer.state_dict(), DIFFUSERS, "here", size=8, head=8)
     ours = MMDiT(config).eval()
     ours.load_state_dict(renamed(peer.state_dict(), lines(config), DIFFUSERS, OURS, "here"))
     theirs, here = answers(peer, ours)
@@ -74,7 +74,7 @@ def test_the_network_of_diffusers_answers_the_same_here(peer: Any) -> None:
 
 
 def test_our_network_answers_the_same_in_diffusers(peer: Any) -> None:
-    config = config_of(peer.state_dict(), DIFFUSERS, "here", size=8, heads=3)
+    config = config_of(peer.state_dict(), DIFFUSERS, "here", size=8, head=8)
     ours = stirred(MMDiT(config), 2)
     fresh = diffusers.SD3Transformer2DModel(**peer.config).eval()
     fresh.load_state_dict(renamed(ours.state_dict(), lines(config), OURS, DIFFUSERS, "here"))
@@ -86,9 +86,9 @@ def test_the_original_layout_is_that_which_diffusers_converts(peer: Any) -> None
     from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 
     state = peer.state_dict()
-    config = config_of(state, DIFFUSERS, "here", size=8, heads=3)
+    config = config_of(state, DIFFUSERS, "here", size=8, head=8)
     original = renamed(state, lines(config), DIFFUSERS, ORIGINAL, "here")
-    assert config_of(original, ORIGINAL, "here", size=8, heads=3) == config
+    assert config_of(original, ORIGINAL, "here", size=8, head=8) == config
     back = renamed(original, lines(config), ORIGINAL, DIFFUSERS, "here")
     assert back.keys() == state.keys() and all(torch.equal(back[key], value) for key, value in state.items())
     told = {f"model.diffusion_model.{key}": value for key, value in original.items()}
@@ -99,7 +99,7 @@ def test_the_original_layout_is_that_which_diffusers_converts(peer: Any) -> None
 
 def test_what_no_answer_tells_apart_has_its_own_name(peer: Any) -> None:
     """Two biases that are added, and gains of queries and keys of one stream, could be exchanged unseen."""
-    config = config_of(peer.state_dict(), DIFFUSERS, "here", size=8, heads=3)
+    config = config_of(peer.state_dict(), DIFFUSERS, "here", size=8, head=8)
     ours = renamed(peer.state_dict(), lines(config), DIFFUSERS, OURS, "here")
     embed = peer.time_text_embed
     assert torch.equal(ours["time.mlp.2.bias"], embed.timestep_embedder.linear_2.bias)
@@ -112,7 +112,7 @@ def test_what_no_answer_tells_apart_has_its_own_name(peer: Any) -> None:
 
 def test_fresh_positions_are_those_of_diffusers() -> None:
     theirs = diffusers.SD3Transformer2DModel(**SMALL)
-    ours = MMDiT(config_of(theirs.state_dict(), DIFFUSERS, "here", size=8, heads=3))
+    ours = MMDiT(config_of(theirs.state_dict(), DIFFUSERS, "here", size=8, head=8))
     torch.testing.assert_close(ours.positions, theirs.pos_embed.pos_embed, rtol=0, atol=1e-5)
 
 

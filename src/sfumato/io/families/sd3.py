@@ -16,6 +16,7 @@ from sfumato.io.keymap import DIFFUSERS, ORIGINAL, Line, line
 from sfumato.nets.mmdit import MMDiTConfig
 
 PREFIX = "model.diffusion_model."
+MARK = "joint_blocks.0.context_block.adaLN_modulation.1.weight"  # what only an original of this family has
 HEAD = 64  # channels, where nothing tells
 
 
@@ -106,12 +107,11 @@ _MARKS = {
 
 
 def config_of(
-    state: Mapping[str, Tensor], layout: str, where: str, *, size: int = 128, heads: int | None = None
+    state: Mapping[str, Tensor], layout: str, where: str, *, size: int = 128, head: int = HEAD
 ) -> MMDiTConfig:
     """The shape that the weights of diffusers' or the original layout tell.
 
-    size: of the latents, of which they keep no trace but the positions. heads: where norms do not tell, 64 channels
-    each unless said.
+    size: of the latents, of which they keep no trace but the positions. head: its channels, where no norms tell them.
     """
     marks = _MARKS[layout]
     try:
@@ -123,7 +123,7 @@ def config_of(
             patch=patch,
             dim=dim,
             depth=depth,
-            heads=dim // width if width else heads or max(1, dim // HEAD),
+            heads=dim // (width or head),
             mlp_ratio=len(state[marks["feed"]]) / dim,
             in_channels=channels,
             out_channels=len(state[marks["out"]]) // patch**2,
