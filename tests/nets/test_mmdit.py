@@ -11,6 +11,8 @@ from sfumato.errors import ConfigError
 from sfumato.nets.layers import sincos_2d
 from sfumato.nets.mmdit import MMDiT, MMDiTConfig, preset
 from sfumato.nets.variants import blocks, variant
+from sfumato.overlay import load_config
+from sfumato.plan import built
 
 FULL = {"classes": 3, "context_dim": 6, "pooled_dim": 5}
 
@@ -170,3 +172,10 @@ def test_presets() -> None:
     assert preset("sd3.5-medium").dual == tuple(range(13)) and preset("sd3-medium", size=64).size == 64
     with pytest.raises(ConfigError, match="sd3-medium"):
         preset("sd2")
+
+
+def test_the_recipe_at_full_size_is_the_published_network() -> None:
+    net = built(load_config("sd3-medium").config).net
+    assert isinstance(net, MMDiT)
+    assert replace(net.config, size=128, out_channels=None) == preset("sd3-medium")
+    assert sum(p.numel() for p in net.parameters()) == 2_028_328_000

@@ -13,7 +13,9 @@ from tests.clip import randomised
 from torch import Tensor
 
 from sfumato import load
+from sfumato.cli import main
 from sfumato.errors import CheckpointError, ConfigError, DataError
+from sfumato.files import MANIFEST
 from sfumato.io.directory import save_model
 from sfumato.io.published import load_published, save_published
 from sfumato.io.published import save_file as save_single
@@ -144,6 +146,25 @@ def test_diffusers_draws_the_same_from_what_we_write(stable: tuple[Any, Path], t
 
 
 # Single files
+
+
+def test_a_single_file_keeps_every_weight(stable: tuple[Any, Path], tmp_path: Path) -> None:
+    """By the command line, there and back."""
+    words = (["a", "--to", "sfumato"], ["b.safetensors", "--to", "single-file"], ["c", "--to", "sfumato"])
+    source = stable[1]
+    for target, *rest in words:
+        parts = ["--parts", str(stable[1])] if source.is_file() else []
+        with pytest.raises(SystemExit) as left:
+            main(["convert", str(source), str(tmp_path / target), *rest, *parts])
+        assert left.value.code == 0
+        source = tmp_path / target
+    first, last = contents(tmp_path / "a"), contents(tmp_path / "c")
+    assert {name for name in first.keys() | last.keys() if first.get(name) != last.get(name)} <= {
+        "model.json",
+        MANIFEST,
+    }
+    one, two = (json.loads((tmp_path / name / "model.json").read_text()) for name in "ac")
+    assert {**one, "facts": {}} == {**two, "facts": {}}
 
 
 def test_a_single_file_draws_the_same_picture(stable: tuple[Any, Path], tmp_path: Path) -> None:
