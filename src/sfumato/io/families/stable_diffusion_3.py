@@ -55,7 +55,7 @@ class StableDiffusion3:
             and isinstance(model.codec, Latents)
             and isinstance(conditioner, Texts)
             and conditioner.join == "sd3"
-            and all(section.get(name) == value for name, value in shared.FLOW.items())
+            and all(_slot(section.get(name)) == _slot(value) for name, value in shared.FLOW.items())
         )
 
     def write_folder(self, place: Path, model: Model, dtype: torch.dtype) -> None:
@@ -86,7 +86,7 @@ class StableDiffusion3:
         slot = _latents(parts / "vae") | {"weights": str(file)} if whole else {"weights": str(parts / "vae")}
         codec, latents = codec_from({"kind": "latents", **slot})
         weights |= {f"codec.{key}": value for key, value in latents.items()}
-        encoders = _encoders(parts)
+        encoders = _encoders(parts, state)
         told, files = _read_encoders(state, parts, encoders)
         section = _section(net, codec, _conditioner(parts, encoders, net), str(file))
         size, sampling = [shape.size * 2 ** (len(codec["channels"]) - 1)] * 2, _sampling(net, parts)
@@ -118,6 +118,11 @@ INDEX: dict[str, Any] = {
     "transformer": ["diffusers", "SD3Transformer2DModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
+
+
+def _slot(said: Any) -> Any:
+    """A slot in one spelling: in a run's spec, a name alone is a mapping."""
+    return {"kind": said} if isinstance(said, str) else said
 
 
 def _parts(model: Model) -> tuple[MMDiT, Latents, Texts]:
@@ -160,9 +165,10 @@ def _latents(folder: Path) -> dict[str, Any]:
 # The text encoders
 
 
-def _encoders(folder: Path) -> list[str]:
-    """Those that a folder has. T5, the largest by far, may have been left out."""
-    return [part for part in ENCODERS if part != "text_encoder_3" or (folder / part).is_dir()]
+def _encoders(folder: Path, keys: Collection[str] = ()) -> list[str]:
+    """Those that a folder or a file has. T5, the largest by far, may have been left out."""
+    third = (folder / "text_encoder_3").is_dir() or any(key.startswith(ENCODERS["text_encoder_3"]) for key in keys)
+    return list(ENCODERS)[: 3 if third else 2]
 
 
 def _conditioner(folder: Path, encoders: list[str], net: Mapping[str, Any]) -> dict[str, Any]:
