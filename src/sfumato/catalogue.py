@@ -170,6 +170,7 @@ CONDITIONERS = {
 }
 FAMILIES = {
     "stable_diffusion": "sfumato.io.families.stable_diffusion:StableDiffusion",
+    "sdxl": "sfumato.io.families.sdxl:SDXL",
     "stable_diffusion_3": "sfumato.io.families.stable_diffusion_3:StableDiffusion3",
 }
 DATA = {"scenes": "sfumato.data.scenes:Scenes", "folder": "sfumato.data.folder:Folder"}
