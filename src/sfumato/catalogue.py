@@ -157,6 +157,7 @@ SAMPLERS = {
 NETS = {
     "unet": "sfumato.nets.unet:UNet",
     "dit": "sfumato.nets.dit:DiT",
+    "mmdit": "sfumato.nets.mmdit:MMDiT",
     "stable_unet": "sfumato.nets.stable_unet:StableUNet",
 }
 CODECS = {"pixels": "sfumato.codecs:Pixels", "latents": "sfumato.codecs:Latents"}
@@ -170,6 +171,7 @@ CONDITIONERS = {
 FAMILIES = {
     "stable_diffusion": "sfumato.io.families.stable_diffusion:StableDiffusion",
     "sdxl": "sfumato.io.families.sdxl:SDXL",
+    "stable_diffusion_3": "sfumato.io.families.stable_diffusion_3:StableDiffusion3",
 }
 DATA = {"scenes": "sfumato.data.scenes:Scenes", "folder": "sfumato.data.folder:Folder"}
 OPTIMIZERS = {"adamw": "sfumato.train.optim:adamw", "muon": "sfumato.train.optim:muon"}
