@@ -158,6 +158,7 @@ NETS = {
     "unet": "sfumato.nets.unet:UNet",
     "dit": "sfumato.nets.dit:DiT",
     "stable_unet": "sfumato.nets.stable_unet:StableUNet",
+    "flux": "sfumato.nets.flux:Flux",
 }
 CODECS = {"pixels": "sfumato.codecs:Pixels", "latents": "sfumato.codecs:Latents"}
 CONDITIONERS = {
