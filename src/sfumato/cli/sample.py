@@ -10,9 +10,7 @@ from sfumato.errors import ConfigError, DataError
 
 
 def sample(
-    run: Path = typer.Argument(
-        ..., help="A run's folder, a model directory, a folder of diffusers, or a file.", metavar="RUN|MODEL"
-    ),
+    run: Path = typer.Argument(..., help="A run, a model, a folder of diffusers, or a file.", metavar="RUN|MODEL"),
     prompts: list[str] | None = typer.Argument(
         None, help="What to draw. None: without a condition.", metavar="[PROMPT]..."
     ),
