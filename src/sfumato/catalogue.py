@@ -171,6 +171,7 @@ CONDITIONERS = {
 FAMILIES = {
     "stable_diffusion": "sfumato.io.families.stable_diffusion:StableDiffusion",
     "flux": "sfumato.io.families.flux1:Flux1",
+    "sdxl": "sfumato.io.families.sdxl:SDXL",
 }
 DATA = {"scenes": "sfumato.data.scenes:Scenes", "folder": "sfumato.data.folder:Folder"}
 OPTIMIZERS = {"adamw": "sfumato.train.optim:adamw", "muon": "sfumato.train.optim:muon"}
