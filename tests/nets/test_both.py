@@ -266,7 +266,7 @@ def test_sizes_that_do_not_divide_are_named(kind: str) -> None:
     with pytest.raises(ConfigError) as caught:
         net(torch.zeros(1, 3, 8, 9, dtype=torch.float64), torch.zeros(1))
     assert caught.value.where == "size" and caught.value.seen == "8x9"
-    assert str({"dit": 4, "unet": 2, "mmdit": 4}[kind]) in str(caught.value.fix)
+    assert str({"dit": 4, "unet": 2, "mmdit": 4, "flux": 4}[kind]) in str(caught.value.fix)
 
 
 @every

@@ -41,7 +41,7 @@ def sincos_2d(height: int, width: int, dim: int, device: torch.device | None = N
 
     step: how far apart neighbours stand.
     """
-    down, across = (_angles(length, dim // 4, 10_000.0, device) * step for length in (height, width))
+    down, across = (turns(length, dim // 4, 10_000.0, device) * step for length in (height, width))
     rows, columns = (torch.cat([angle.sin(), angle.cos()], 1).float() for angle in (down, across))
     return _in_plane(columns[None], rows[:, None], height, width)
 
@@ -54,13 +54,13 @@ def rope_2d(
     Half of the channel pairs turn with the row, half with the column; the `before` leading tokens (text) stay unturned.
     Su et al. 2021, axial as in EVA-02 and FLUX.
     """
-    down, across = (_angles(length, dim // 4, theta, device) for length in (height, width))
+    down, across = (turns(length, dim // 4, theta, device) for length in (height, width))
     angles = _in_plane(down[:, None], across[None], height, width)
     angles = torch.cat([angles.new_zeros(before, angles.shape[1]), angles])
     return angles.cos().float(), angles.sin().float()
 
 
-def _angles(length: int, count: int, period: float, device: torch.device | None) -> Tensor:
+def turns(length: int, count: int, period: float, device: torch.device | None) -> Tensor:
     """Each of `length` places times `count` falling frequencies, made where they are needed: copying would wait."""
     wide = torch.float32 if device is not None and device.type == "mps" else torch.float64  # Metal knows no float64
     freqs = period ** -(torch.arange(count, dtype=wide, device=device) / count)
