@@ -22,7 +22,6 @@ from sfumato.text.encoder import Text, too_long
 
 ORIGINAL, CROP, TARGET = "original_size", "crop", "target_size"
 SIZES = (ORIGINAL, CROP, TARGET)
-WAVES = 256  # the width of one number's sinusoid
 WORDS = 256  # pieces that Stable Diffusion 3 has from T5
 
 
@@ -36,7 +35,8 @@ class Texts(Conditioner):
     first (FLUX). width: of the states where there is no third encoder to tell.
     zeros: the null condition is nothing but zeros, rather than the empty prompt; one that is said is still read.
     sizes: pooled is followed by sinusoids of original_size (height, width), crop (top, left) and target_size (height,
-    width) in pixels, raw fields all of them, which default to an uncut picture of the model's size.
+    width) in pixels, raw fields all of them, which default to an uncut picture of the model's size; waves: the width of
+    one number's sinusoid.
     A prompt may be longer than some encoders read, which then read its beginning, but not longer than all do.
     """
 
@@ -49,6 +49,7 @@ class Texts(Conditioner):
         width: int = 4096,
         zeros: bool = False,
         sizes: bool = False,
+        waves: int = 256,
     ) -> None:
         super().__init__()
         texts = [part for part in parts if isinstance(part, Text)]
@@ -57,7 +58,7 @@ class Texts(Conditioner):
         self.join, self.weights, self.width, self.zeros, self.sizes = join, weights, width, zeros, sizes
         self.fields = tuple(dict.fromkeys(part.field for part in texts)) + (SIZES if sizes else ())
         self.kept = SIZES if sizes else ()
-        self.size = (0, 0)
+        self.waves, self.size = waves, (0, 0)
 
     def forward(self, raw: Sequence[Raw]) -> Cond:
         conds = [part(raw) for part in self.texts]
@@ -68,7 +69,7 @@ class Texts(Conditioner):
         if self.sizes:
             pooled = cond["pooled"]
             numbers = torch.tensor([self._numbers(one) for one in raw], device=pooled.device)
-            told = sinusoid(numbers.flatten(), WAVES).to(pooled.dtype)
+            told = sinusoid(numbers.flatten(), self.waves).to(pooled.dtype)
             cond["pooled"] = torch.cat([pooled, told.view(len(raw), -1)], 1)
         return cond
 
@@ -142,7 +143,7 @@ class Texts(Conditioner):
         if self.join == "sd3" and sum(widths[:2]) > self.context_dim:
             seen = f"{widths[0]} and {widths[1]} into {self.context_dim}"
             raise ConfigError("two encoders are wider than the third", where="model.conditioner.width", seen=seen)
-        self.pooled_dim += 2 * len(SIZES) * WAVES if self.sizes else 0
+        self.pooled_dim += 2 * len(SIZES) * self.waves if self.sizes else 0
 
 
 def _emptied(value: Tensor, said: Sequence[bool]) -> Tensor:
