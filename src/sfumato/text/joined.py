@@ -8,7 +8,7 @@ small and badly cut pictures could be trained on without being imitated.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from sfumato.text.encoder import Text, too_long
 
 ORIGINAL, CROP, TARGET = "original_size", "crop", "target_size"
 SIZES = (ORIGINAL, CROP, TARGET)
+WAVES = 256  # the width of one number's sinusoid
 WORDS = 256  # pieces that Stable Diffusion 3 has from T5
 
 
@@ -49,7 +50,7 @@ class Texts(Conditioner):
         width: int = 4096,
         zeros: bool = False,
         sizes: bool = False,
-        waves: int = 256,
+        waves: int = WAVES,
     ) -> None:
         super().__init__()
         texts = [part for part in parts if isinstance(part, Text)]
@@ -103,6 +104,21 @@ class Texts(Conditioner):
     def sized(self, raw: Sequence[Raw], size: tuple[int, int]) -> list[Raw]:
         return [{ORIGINAL: size, TARGET: size, **one} for one in raw] if self.sizes else list(raw)
 
+    def change(self, **options: Any) -> None:
+        if options.get("chunks") not in (None, 1) and self.join != "channels":
+            fix = "length=512, where the model reads that much"
+            raise ConfigError("T5 reads long prompts in one window", where="text.chunks", seen=self.join, fix=fix)
+        clips = [one for one in self.texts if one.is_clip]
+        for name, value in options.items():
+            if name == "length":  # CLIP's is its own
+                reading = [one for one in self.texts if one not in clips] or clips
+            else:
+                reading = self.texts if name == "emphasis" else clips
+            if not reading:
+                raise ConfigError("only CLIP's encoders can do that", where=f"text.{name}", seen=repr(value))
+            for part in reading:
+                part.change(**{name: value})
+
     def of_size(self, size: tuple[int, int]) -> None:
         self.size = size
 
@@ -110,9 +126,9 @@ class Texts(Conditioner):
         for field in dict.fromkeys(part.field for part in self.texts):
             reading = [part for part in self.texts if part.field == field]
             for text in captions_of(raw, field):
-                if all(part.counted(text) > part.length for part in reading):
-                    longest = max(reading, key=lambda part: part.length)
-                    raise too_long(text, longest.counted(text), longest.length)
+                if all(part.counted(text) > part.most for part in reading):
+                    longest = max(reading, key=lambda part: part.most)
+                    raise too_long(text, longest.counted(text), longest.most)
         for one in raw if self.sizes else ():
             self._numbers(one)
 

@@ -194,7 +194,7 @@ def published(state: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
 def tokenizer(files: Mapping[str, bytes], part: str, kind: str) -> Any:
     """The tokenizer of `part`, as its files describe it."""
     head = tokenizer_prefix(part)
-    wanted = "CLIPTokenizer" if kind in (CLIP, PROJECTED) else "AutoTokenizer"
+    wanted = "CLIPTokenizerFast" if kind in (CLIP, PROJECTED) else "AutoTokenizer"
     if kind == T5:
         wanted = "T5TokenizerFast"
     with tempfile.TemporaryDirectory() as place:
