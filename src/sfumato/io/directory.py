@@ -64,11 +64,12 @@ def load_model(
     trust: bool = False,
     device: torch.device | None = None,
     matrices: torch.dtype | None = None,
+    text_device: torch.device | None = None,
 ) -> Model:
     """The model of a directory, in evaluation mode. CheckpointError for anything that is missing, altered or unfit.
 
     trust: also run code that the description names and that is neither ours nor in the current directory.
-    device, matrices: see `sfumato.io.fill.fill_weights`.
+    device, matrices, text_device: see `sfumato.io.fill.fill_weights`.
     """
     folder = Path(folder)
     said = read_description(folder)
@@ -92,7 +93,7 @@ def load_model(
     except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         seen = f"{type(error).__name__}: {error}"
         raise CheckpointError("model.json describes no model", where=str(folder / "model.json"), seen=seen) from error
-    fill_weights(model, read_weights(folder / "model.safetensors"), str(folder), device, matrices)
+    fill_weights(model, read_weights(folder / "model.safetensors"), str(folder), device, matrices, text_device)
     model.facts = said["facts"]
     return model.eval().requires_grad_(False)
 
