@@ -82,7 +82,13 @@ WEIGHTS = {
 OBJECTIVES = {
     "denoising": "sfumato.objectives.denoising:Denoising",
     "vdm": "sfumato.objectives.vdm:VDM",
+    "autoencoder": "sfumato.objectives.autoencoding:Autoencoding",
 }
+DISTANCES = {
+    "laplacian": "sfumato.objectives.distances:Laplacian",
+    "ssim": "sfumato.objectives.distances:StructuralSimilarity",
+}
+DISCRIMINATORS = {"patch": "sfumato.nets.discriminator:PatchDiscriminator"}
 GRIDS = {
     "logistic": "sfumato.grids:logistic",
     "explicit": "sfumato.grids:explicit",
@@ -179,6 +185,8 @@ KINDS: Mapping[str, Mapping[str, str]] = {
     "Uniform": DENSITIES,  # `Stratified.of` takes only some densities, and names them
     "Weight": WEIGHTS,
     "Objective": OBJECTIVES,
+    "Distance": DISTANCES,
+    "Discriminator": DISCRIMINATORS,
     "Grid": GRIDS,
     "Guidance": GUIDANCES,
     "LogProb": {},  # the user's own

@@ -62,7 +62,8 @@ class Latents(nn.Module):
     Stable Diffusion's 0.18215 and 0, SDXL's 0.13025 and 0, SD3's 1.5305 and 0.0609, FLUX's 0.3611 and 0.1159.
     tile: places a side of the latent map beyond which pictures are encoded and decoded in overlapping tiles, whose
     memory does not grow with the picture; 0 is never. Group norms see one tile at a time, so tiles differ a little from
-    the whole.
+    the whole. sampled: training draws each latent from the encoder's distribution, as Stable Diffusion did, and does
+    not take its mean; editing takes the mean always.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Latents(nn.Module):
         scale: float | tuple[float, ...] = 0.18215,
         shift: float | tuple[float, ...] = 0.0,
         tile: int = 0,
+        sampled: bool = False,
     ) -> None:
         super().__init__()
         if weights is not None:
@@ -87,21 +89,28 @@ class Latents(nn.Module):
             latent=latent, channels=tuple(channels), blocks=blocks, groups=groups, attention=attention, quant=quant
         )
         self.autoencoder = Autoencoder(config).requires_grad_(False).eval()
-        for name, given in (("scale", scale), ("shift", shift)):
-            numbers = torch.tensor([given] if isinstance(given, (int, float)) else list(given), dtype=torch.float32)
-            if len(numbers) not in (1, latent) or not bool(numbers.isfinite().all()):
-                seen = f"{len(numbers)} numbers for {latent} channels"
-                raise ConfigError(f"{name} is one number, or one a channel", where=f"model.codec.{name}", seen=seen)
-            self.register_buffer(name, numbers[:, None, None], persistent=False)
-        if not bool((self.scale > 0).all()):
-            raise ConfigError("a scale is above 0", where="model.codec.scale", seen=str(scale), fix="scale=0.18215")
+        for name in ("scale", "shift"):
+            self.register_buffer(name, torch.ones(1, 1, 1), persistent=False)
+        self.normalise(*(torch.tensor(given, dtype=torch.float32).flatten() for given in (scale, shift)))
         if tile and tile < 8:
             raise ConfigError("a tile is 8 places or more a side", where="model.codec.tile", seen=str(tile), fix="64")
-        self.tile = tile
+        self.tile, self.sampled = tile, sampled
         self.eval()
 
     scale: Tensor
     shift: Tensor
+
+    def normalise(self, scale: Tensor, shift: Tensor) -> None:
+        """Takes up a scale and a shift, (1,) or (latent,). ConfigError for such as cannot be undone."""
+        latent = self.autoencoder.config.latent
+        for name, numbers in (("scale", scale), ("shift", shift)):
+            if len(numbers) not in (1, latent) or not bool(numbers.isfinite().all()):
+                seen = f"{len(numbers)} numbers for {latent} channels"
+                raise ConfigError(f"{name} is one number, or one a channel", where=f"model.codec.{name}", seen=seen)
+        if not bool((scale > 0).all()):
+            seen = str(scale.tolist())
+            raise ConfigError("a scale is above 0", where="model.codec.scale", seen=seen, fix="scale=0.18215")
+        self.scale, self.shift = scale.to(self.scale)[:, None, None], shift.to(self.shift)[:, None, None]
 
     @property
     def channels(self) -> int:
@@ -120,9 +129,17 @@ class Latents(nn.Module):
         return self.channels, height // factor, width // factor
 
     def encode(self, images: Tensor) -> Tensor:
-        factor = self.autoencoder.config.factor
-        z = self._tiled(lambda part: self.autoencoder.encode(part).mean, images, factor, 1, self.channels)
-        return (z - self.shift) * self.scale
+        return self.moments(images)[0]
+
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the encoder's distribution, shifted and scaled, (B, latent, H/f, W/f) each."""
+
+        def both(part: Tensor) -> Tensor:
+            posterior = self.autoencoder.encode(part)
+            return torch.cat([posterior.mean, torch.exp(posterior.logvar / 2)], 1)
+
+        mean, spread = self._tiled(both, images, self.autoencoder.config.factor, 1, 2 * self.channels).chunk(2, 1)
+        return (mean - self.shift) * self.scale, spread * self.scale
 
     def decode(self, x: Tensor) -> Tensor:
         z = x / self.scale + self.shift

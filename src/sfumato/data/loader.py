@@ -12,12 +12,17 @@ from sfumato.data.picture import Dataset, Fields, Image
 
 
 class Batch(NamedTuple):
-    """images (B, H, W, 3) uint8, the fields of each, their indices, and the position after them."""
+    """images (B, H, W, 3) uint8, the fields of each, their indices, and the position after them.
 
-    images: Image
+    moments: what a cache has in place of pictures, which are None then: mean and standard deviation of their latents,
+    (B, 2, C, h, w) float32.
+    """
+
+    images: Image | None
     fields: list[Fields]
     indices: NDArray[np.int64]
     position: int
+    moments: NDArray[np.float32] | None = None
 
 
 class Loader:
@@ -74,6 +79,10 @@ class Loader:
         """The indices that are never given: the last places of one fixed permutation."""
         return permuted(np.arange(self.n, self.n + self.holdout), len(self.dataset), self.seed, -1)
 
+    def places(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The indices of pictures that are numbered from 0 to `n`, those that are held out passed over."""
+        return permuted(numbers, len(self.dataset), self.seed, -1) if self.holdout else numbers
+
     def _work(self) -> None:
         while True:
             self._room.acquire()
@@ -90,8 +99,6 @@ class Loader:
                 self._changed.notify_all()
 
     def _fetched(self, position: int) -> Batch:
-        index = indices(position, self.batch, self.n, self.seed)
-        if self.holdout:
-            index = permuted(index, len(self.dataset), self.seed, -1)
+        index = self.places(indices(position, self.batch, self.n, self.seed))
         images, fields = self.dataset.batch(index.tolist())
         return Batch(images, fields, index, position + self.batch)

@@ -22,7 +22,7 @@ from torch import Tensor
 from sfumato import files
 from sfumato.config import slot_problems
 from sfumato.errors import CheckpointError
-from sfumato.model import Model, build_model
+from sfumato.model import AutoencoderModel, Model, Trainable, build_autoencoder, build_model
 from sfumato.registry import target_of
 
 FORMAT, VERSION = "sfumato", 1
@@ -32,7 +32,7 @@ KEYS = {"model": dict, "size": list, "sampling": dict, "files": list, "facts": d
 
 def save_model(
     folder: Path,
-    model: Model,
+    model: Trainable,
     facts: Mapping[str, Any],
     weights: Mapping[str, Tensor] | None = None,
     *,
@@ -46,7 +46,7 @@ def save_model(
 
     def fill(place: Path) -> None:
         write_weights(place / "model.safetensors", model.weights() if weights is None else weights, dtype)
-        extra = model.conditioner.files() if model.conditioner is not None else {}
+        extra = model.files()
         for name, data in extra.items():
             (place / name).write_bytes(data)
         said = {"format": FORMAT, "version": VERSION, **model.spec, "facts": dict(facts), "files": sorted(extra)}
@@ -56,12 +56,16 @@ def save_model(
 
 
 def load_model(folder: Path, *, trust: bool = False) -> Model:
-    """The model of a directory, in evaluation mode. CheckpointError for anything that is missing, altered or unfit.
+    """The model of a directory, in evaluation mode. CheckpointError for anything that is missing, altered or unfit, and
+    for an autoencoder alone.
 
     trust: also run code that the description names and that is neither ours nor in the current directory.
     """
     folder = Path(folder)
     said = read_description(folder)
+    if _is_alone(said):
+        fix = f"model.codec={{kind: latents, weights: {folder}}} trains a model in its latents"
+        raise CheckpointError("this is an autoencoder, which draws nothing", where=str(folder), seen="no net", fix=fix)
     files.verify(folder)
     if not trust and (
         foreign := [target for target in _targets([said[key] for key in SPEC]) if not _own(target, folder)]
@@ -86,6 +90,32 @@ def load_model(folder: Path, *, trust: bool = False) -> Model:
     fill_weights(model, read_weights(folder / "model.safetensors"), str(folder))
     model.facts = said["facts"]
     return model.eval().requires_grad_(False)
+
+
+def load_autoencoder(folder: Path) -> AutoencoderModel | None:
+    """The autoencoder of a directory that holds one alone, in evaluation mode; None for other models. CheckpointError
+    for anything that is missing, altered or unfit.
+    """
+    said = read_description(folder)
+    if not _is_alone(said):
+        return None
+    files.verify(folder)
+    slot, where = said["model"].get("codec"), str(Path(folder) / "model.json")
+    if not isinstance(slot, dict) or slot.get("kind") != "latents":
+        raise CheckpointError("model.json describes no autoencoder of ours", where=where, seen=str(slot))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model = build_autoencoder({key: said[key] for key in SPEC})
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError("model.json describes no autoencoder", where=where, seen=str(error)) from error
+    fill_weights(model, read_weights(Path(folder) / "model.safetensors"), str(folder))
+    model.facts = said["facts"]
+    return model.eval().requires_grad_(False)
+
+
+def _is_alone(said: Mapping[str, Any]) -> bool:
+    """Whether a description is of an autoencoder without a network."""
+    return "net" in said["model"] and said["model"]["net"] is None
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -139,7 +169,7 @@ def write_weights(path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype 
     path.chmod(mode)  # the library's own files are for their owner alone
 
 
-def fill_weights(model: Model, weights: Mapping[str, Tensor], where: str) -> None:
+def fill_weights(model: Trainable, weights: Mapping[str, Tensor], where: str) -> None:
     """Copies weights into a model; every name and shape must fit, and all that do not are named at once."""
     own = model.weights()
     faults = [f"{name} is missing" for name in own.keys() - weights.keys()]

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import CheckpointError, ConfigError
-from sfumato.io.directory import read_weights
+from sfumato.files import verify
+from sfumato.io.directory import read_description, read_weights
 from sfumato.io.families import autoencoder
 from sfumato.io.keymap import DIFFUSERS, OURS, renamed, some
 
@@ -93,8 +94,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def codec_from(slot: Any) -> tuple[Any, dict[str, Tensor]]:
     """A codec's slot whose `weights` are read: the slot with what they tell and without them, and the codec's state.
 
-    What the slot says itself (a scale, a tile) stays. The path is a folder `vae` of diffusers, the folder above it, or
-    a file that holds an autoencoder, alone or in a whole model. The slot of another codec comes back as it is.
+    What the slot says itself (a scale, a tile) stays. The path is a folder `vae` of diffusers, the folder above it,
+    a file that holds an autoencoder, alone or in a whole model, or a run or model directory of this library, of an
+    autoencoder or of what was trained in its latents. The slot of another codec comes back as it is.
     ConfigError for latents without `weights`: an autoencoder of random weights is of no use to anybody.
     """
     if slot == LATENTS:
@@ -105,6 +107,11 @@ def codec_from(slot: Any) -> tuple[Any, dict[str, Tensor]]:
         fix = "model.codec.weights=PATH, a folder of diffusers or a file"
         raise ConfigError("latents need an autoencoder", where="model.codec.weights", seen="nothing", fix=fix)
     path = Path(str(slot["weights"])).expanduser()
+    rest = {key: value for key, value in slot.items() if key != "weights"}
+    for place in (path, path / "model"):
+        if (place / "model.json").is_file():
+            found, state = _of_ours(place)
+            return {**found, **rest}, state
     if (path / "vae").is_dir():
         path = path / "vae"
     state = read_state(path)
@@ -117,7 +124,7 @@ def codec_from(slot: Any) -> tuple[Any, dict[str, Tensor]]:
     told = read_json(config) if config.is_file() else {}
     shape = autoencoder.config_of(state, layout, str(path), int(told.get("norm_num_groups", 32)))
     state = renamed(state, autoencoder.lines(shape), layout, OURS, str(path))
-    found: dict[str, Any] = {
+    found = {
         "latent": shape.latent,
         "channels": list(shape.channels),
         "blocks": shape.blocks,
@@ -129,8 +136,17 @@ def codec_from(slot: Any) -> tuple[Any, dict[str, Tensor]]:
         found["scale"] = float(told["scaling_factor"])
     if told.get("shift_factor") is not None:
         found["shift"] = float(told["shift_factor"])
-    rest = {key: value for key, value in slot.items() if key != "weights"}
     return {**found, **rest}, {f"autoencoder.{key}": value for key, value in state.items()}
+
+
+def _of_ours(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The codec's slot and state in a model directory of this library. CheckpointError where its codec is another."""
+    slot = read_description(folder)["model"].get("codec")
+    if not isinstance(slot, dict) or slot.get("kind") != LATENTS:
+        raise CheckpointError("this model has no autoencoder", where=str(folder), seen=f"codec {slot}")
+    verify(folder)
+    state = read_weights(folder / "model.safetensors")
+    return dict(slot), {key.removeprefix("codec."): one for key, one in state.items() if key.startswith("codec.")}
 
 
 def fill_codec(codec: object, state: Mapping[str, Tensor]) -> None:
