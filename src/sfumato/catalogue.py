@@ -171,6 +171,11 @@ CONDITIONERS = {
     "prompts": "sfumato.conditioners:Prompts",
     "joined": "sfumato.conditioners:Joined",
     "text": "sfumato.text:Text",
+    "texts": "sfumato.text:Texts",
+}
+FAMILIES = {
+    "stable_diffusion": "sfumato.io.families.stable_diffusion:StableDiffusion",
+    "sdxl": "sfumato.io.families.sdxl:SDXL",
 }
 DATA = {"scenes": "sfumato.data.scenes:Scenes", "folder": "sfumato.data.folder:Folder"}
 OPTIMIZERS = {"adamw": "sfumato.train.optim:adamw", "muon": "sfumato.train.optim:muon"}

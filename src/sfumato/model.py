@@ -63,12 +63,12 @@ class Trainable(nn.Module):
     def weights(self) -> dict[str, Tensor]:
         """Every weight and buffer once, detached, by the name it is stored under."""
         return {
-            f"{name}.{key}": value for name, part in self._parts().items() for key, value in part.state_dict().items()
+            f"{name}.{key}": value for name, part in self.parts().items() for key, value in part.state_dict().items()
         }
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that learn, by the same names."""
-        named = ((f"{name}.{key}", p) for name, part in self._parts().items() for key, p in part.named_parameters())
+        named = ((f"{name}.{key}", p) for name, part in self.parts().items() for key, p in part.named_parameters())
         return {name: p for name, p in named if p.requires_grad}
 
     def is_kept(self, name: str) -> bool:
@@ -79,7 +79,8 @@ class Trainable(nn.Module):
         """The parameters that learn, in groups whose gradients are clipped together."""
         return [list(self.trained().values())]
 
-    def _parts(self) -> dict[str, nn.Module]:
+    def parts(self) -> dict[str, nn.Module]:
+        """What has weights, by the first part of their names."""
         raise NotImplementedError
 
 
@@ -126,7 +127,7 @@ class Model(Trainable):
         answer: Tensor = self.denoiser(x_t, t, cond)
         return answer
 
-    def _parts(self) -> dict[str, nn.Module]:
+    def parts(self) -> dict[str, nn.Module]:
         parts: dict[str, object] = {"net": self.net, "conditioner": self.conditioner, "codec": self.codec}
         parts["path"] = self.denoiser.path  # a learned one
         return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
@@ -190,7 +191,7 @@ class AutoencoderModel(Trainable):
         section = dict(self.spec["model"])
         self.spec = {**self.spec, "model": {**section, "codec": {**section["codec"], **told}}}
 
-    def _parts(self) -> dict[str, nn.Module]:
+    def parts(self) -> dict[str, nn.Module]:
         parts: dict[str, nn.Module | None] = {"codec": self.codec, "discriminator": self.discriminator}
         return {name: part for name, part in parts.items() if part is not None}
 
@@ -226,6 +227,8 @@ def build_model(spec: Mapping[str, Any], source: Any = None, files: Mapping[str,
     elif conditioner is not None and source is not None:
         conditioner.prepare(source)
     height, width = spec["size"]
+    if isinstance(conditioner, Conditioner):
+        conditioner.of_size((int(height), int(width)))
     channels, inner_height, inner_width = codec.shape(height, width)
     known = {"size": (inner_height, inner_width), "in_channels": channels}
     known |= {name: getattr(conditioner, name, 0) for name in FILLED_IN[1:]}

@@ -13,9 +13,9 @@ from sfumato import load
 from sfumato.cli import main
 from sfumato.errors import CheckpointError, DataError
 from sfumato.io.directory import load_model, save_model
-from sfumato.io.export import save_published
 from sfumato.io.families.stable import config_of, lines
 from sfumato.io.keymap import DIFFUSERS, ORIGINAL, OURS, renamed
+from sfumato.io.published import save_published
 from sfumato.nets.stable_unet import PRESETS, StableUNet
 
 diffusers = pytest.importorskip("diffusers")
@@ -204,7 +204,7 @@ def test_a_folder_of_diffusers_draws_the_same_picture(whole: tuple[Any, Path], g
     rng = torch.Generator().manual_seed(7)
     told = pipe("a red circle", num_inference_steps=8, guidance_scale=guidance, generator=rng, output_type="np")
     ours = load(folder, "cpu").sample("a red circle", steps=8, guidance=guidance, seeds=7, size=16)
-    assert float((torch.from_numpy(ours.images[0]) / 255 - torch.from_numpy(told.images[0])).abs().max()) < 1.01 / 255
+    assert float((torch.from_numpy(ours.images[0]) / 255 - torch.from_numpy(told.images[0])).abs().max()) < 0.51 / 255
 
 
 def test_what_was_loaded_is_saved_as_ours_and_draws_the_same(whole: tuple[Any, Path], tmp_path: Path) -> None:
@@ -241,8 +241,8 @@ def test_folders_that_are_not_whole_are_named(whole: tuple[Any, Path], tmp_path:
     copy = tmp_path / "other"
     shutil.copytree(whole[1], copy)
     index = json.loads((copy / "model_index.json").read_text())
-    (copy / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
-    with pytest.raises(CheckpointError, match="FluxPipeline"):
+    (copy / "model_index.json").write_text(json.dumps(index | {"_class_name": "FlaxPipeline"}))
+    with pytest.raises(CheckpointError, match="FlaxPipeline"):
         load(copy, "cpu")
 
 

@@ -16,6 +16,8 @@ from sfumato.cli.convert import convert
 from sfumato.cli.data import data
 from sfumato.cli.doctor import doctor
 from sfumato.cli.eval import evaluate
+from sfumato.cli.inspect import inspect
+from sfumato.cli.plan import plan
 from sfumato.cli.recipes import recipes
 from sfumato.cli.sample import sample
 from sfumato.cli.train import train
@@ -35,7 +37,9 @@ app.command(name="train")(train)
 app.command(name="sample")(sample)
 app.command(name="eval")(evaluate)
 app.command(name="recipes")(recipes)
+app.command(name="plan")(plan)
 app.command(name="convert")(convert)
+app.command(name="inspect")(inspect)
 app.add_typer(data, name="data")
 app.command(name="doctor")(doctor)
 app.command(name="tune-sampler")(tune_sampler)

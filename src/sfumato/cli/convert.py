@@ -7,19 +7,23 @@ import typer
 from sfumato.cli.show import as_json, line, say
 from sfumato.errors import ConfigError, nearest
 
-LAYOUTS = ("sfumato", "diffusers")
+LAYOUTS = ("sfumato", "diffusers", "single-file")
 DTYPES = ("fp32", "fp16", "bf16")
 
 
 def convert(
-    source: Path = typer.Argument(..., help="A run, a model directory, or a folder of diffusers.", metavar="SRC"),
-    target: Path = typer.Argument(..., help="The folder to write; it must not exist.", metavar="DST"),
-    to: str = typer.Option(..., "--to", help="sfumato, or diffusers where the model has such a form."),
+    source: Path = typer.Argument(..., help="A run, a model, a folder of diffusers, or a file.", metavar="SRC"),
+    target: Path = typer.Argument(..., help="The folder to write, or the file; it must not exist.", metavar="DST"),
+    to: str = typer.Option(..., "--to", help="sfumato; or diffusers or single-file, where the model has such a form."),
     dtype: str = typer.Option("fp32", "--dtype", help="What weights are stored as: fp32, fp16 or bf16."),
+    parts: Path | None = typer.Option(
+        None, "--parts", help="For a single file: a folder of diffusers with what it lacks (a tokenizer, ...)."
+    ),
     trust: bool = typer.Option(False, "--trust", help="Run code that a model directory names and that is not ours."),
     json: bool = typer.Option(False, "--json", help="As JSON."),
 ) -> None:
-    """Write a model in another layout. Nothing of it is lost: the way back gives the same bytes.
+    """Write a model, or an autoencoder that was trained alone, in another layout. Nothing of it is lost: the way back
+    gives the same bytes.
 
     sfumato convert stable-diffusion-v1-5 models/sd15 --to sfumato
     """
@@ -27,15 +31,20 @@ def convert(
         if given not in known:
             raise ConfigError("no such choice", where=name, seen=given, fix=nearest(given, known))
     if target.exists():
-        raise ConfigError("this folder exists already", where=str(target), fix="choose another name, or move it away")
-    from sfumato.io.directory import save_model
-    from sfumato.io.export import save_published
+        raise ConfigError("this exists already", where=str(target), fix="choose another name, or move it away")
+    from sfumato.io.directory import load_autoencoder, save_model
+    from sfumato.io.published import save_file, save_published
+    from sfumato.model import Trainable
     from sfumato.pipeline import DTYPES as KINDS
-    from sfumato.pipeline import load
+    from sfumato.pipeline import load, model_folder
 
-    model = load(source, "cpu", trust=trust).model
+    folder = model_folder(source)
+    alone = load_autoencoder(folder) if (folder / "model.json").is_file() else None
+    model: Trainable = alone or load(source, "cpu", trust=trust, parts=parts).model
     if to == "sfumato":
         save_model(target, model, model.facts, dtype=KINDS[dtype])
+    elif to == "single-file":
+        save_file(target, model, dtype=KINDS[dtype])
     else:
         save_published(target, model, dtype=KINDS[dtype])
     count = sum(value.numel() for value in model.weights().values())

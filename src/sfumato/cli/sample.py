@@ -10,7 +10,7 @@ from sfumato.errors import ConfigError, DataError
 
 
 def sample(
-    run: Path = typer.Argument(..., help="A run's folder, or a model directory.", metavar="RUN|MODEL"),
+    run: Path = typer.Argument(..., help="A run, a model, a folder of diffusers, or a file.", metavar="RUN|MODEL"),
     prompts: list[str] | None = typer.Argument(
         None, help="What to draw. None: without a condition.", metavar="[PROMPT]..."
     ),
@@ -39,6 +39,9 @@ def sample(
     folder: Path | None = typer.Option(None, "--out", help="Where to write. [default: RUN/pictures]"),
     device: str = typer.Option("auto", "--device", help="cpu, cuda, mps, ..."),
     precision: str = typer.Option("fp32", "--precision", help="fp32, bf16 or fp16."),
+    parts: Path | None = typer.Option(
+        None, "--parts", help="For a single file: a folder of diffusers with what it lacks (a tokenizer, ...)."
+    ),
     json: bool = typer.Option(False, "--json", help="Print the paths and settings as JSON."),
 ) -> None:
     """Draw pictures.
@@ -50,7 +53,7 @@ def sample(
     from sfumato.io.pictures import unused
     from sfumato.pipeline import load
 
-    pipeline = load(run, device, precision=precision)
+    pipeline = load(run, device, precision=precision, parts=parts)
     place = made(folder or home(run) / "pictures")
     asked = [prompt for prompt in wanted or [None] for _ in range(n)]
     with bar("drawing") as progress:

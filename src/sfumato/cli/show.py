@@ -29,8 +29,12 @@ def line(text: object) -> None:
 
 
 def home(run: Path) -> Path:
-    """Where that belongs which is made with a model: the run's folder, also for its `model/`, which is rewritten."""
+    """Where that belongs which is made with a model: the run's folder, also for its `model/`, which is rewritten, and
+    for a single file the folder that it lies in.
+    """
     run = run.expanduser()
+    if run.is_file():
+        return run.parent
     return run.parent if run.name == "model" and (run.parent / "config.yaml").is_file() else run
 
 

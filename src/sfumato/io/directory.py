@@ -5,6 +5,7 @@ Reading one runs no code that is not there already: a description may name only 
 user's own modules in the current directory. Anything else ("module:Name" of some package) needs `trust`.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from torch import Tensor
 from sfumato import files
 from sfumato.config import slot_problems
 from sfumato.errors import CheckpointError
+from sfumato.io.fill import fill_weights, unfilled
 from sfumato.model import AutoencoderModel, Model, Trainable, build_autoencoder, build_model
 from sfumato.registry import target_of
 
@@ -55,11 +57,18 @@ def save_model(
     files.publish(Path(folder), fill, replace=True)
 
 
-def load_model(folder: Path, *, trust: bool = False) -> Model:
+def load_model(
+    folder: Path,
+    *,
+    trust: bool = False,
+    device: torch.device | None = None,
+    matrices: torch.dtype | None = None,
+) -> Model:
     """The model of a directory, in evaluation mode. CheckpointError for anything that is missing, altered or unfit, and
     for an autoencoder alone.
 
     trust: also run code that the description names and that is neither ours nor in the current directory.
+    device, matrices: see `sfumato.io.fill.fill_weights`.
     """
     folder = Path(folder)
     said = read_description(folder)
@@ -67,9 +76,8 @@ def load_model(folder: Path, *, trust: bool = False) -> Model:
         fix = f"model.codec={{kind: latents, weights: {folder}}} trains a model in its latents"
         raise CheckpointError("this is an autoencoder, which draws nothing", where=str(folder), seen="no net", fix=fix)
     files.verify(folder)
-    if not trust and (
-        foreign := [target for target in _targets([said[key] for key in SPEC]) if not _own(target, folder)]
-    ):
+    targets = list(_targets([said[key] for key in SPEC]))
+    if not trust and (foreign := [target for target in targets if not _own(target, folder)]):
         what = "this model needs code that is neither in sfumato nor in the current directory"
         raise CheckpointError(
             what, where=str(folder), seen=", ".join(foreign), fix="read that code, then: sfumato.load(path, trust=True)"
@@ -80,14 +88,14 @@ def load_model(folder: Path, *, trust: bool = False) -> Model:
             "model.json describes no model of this version", where=str(folder / "model.json"), seen=seen
         )
     try:
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # weights are initialised, and then overwritten: no business of the caller's
+        # Somebody else's constructor may look at its own weights; ours never do.
+        empty = contextlib.nullcontext() if targets else unfilled()
+        with torch.random.fork_rng(devices=[]), empty:  # what is initialised is overwritten: the caller's draws stay
             model = build_model({key: said[key] for key in SPEC}, files=_kept(folder, said["files"]))
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         seen = f"{type(error).__name__}: {error}"
         raise CheckpointError("model.json describes no model", where=str(folder / "model.json"), seen=seen) from error
-    fill_weights(model, read_weights(folder / "model.safetensors"), str(folder))
+    fill_weights(model, read_weights(folder / "model.safetensors"), str(folder), device, matrices)
     model.facts = said["facts"]
     return model.eval().requires_grad_(False)
 
@@ -104,7 +112,7 @@ def load_autoencoder(folder: Path) -> AutoencoderModel | None:
     if not isinstance(slot, dict) or slot.get("kind") != "latents":
         raise CheckpointError("model.json describes no autoencoder of ours", where=where, seen=str(slot))
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), unfilled():
             model = build_autoencoder({key: said[key] for key in SPEC})
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError("model.json describes no autoencoder", where=where, seen=str(error)) from error
@@ -167,23 +175,6 @@ def write_weights(path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype 
             raise
         raise OSError(int(said[1]), os.strerror(int(said[1])), str(path)) from error
     path.chmod(mode)  # the library's own files are for their owner alone
-
-
-def fill_weights(model: Trainable, weights: Mapping[str, Tensor], where: str) -> None:
-    """Copies weights into a model; every name and shape must fit, and all that do not are named at once."""
-    own = model.weights()
-    faults = [f"{name} is missing" for name in own.keys() - weights.keys()]
-    faults += [f"{name} is unknown" for name in weights.keys() - own.keys()]
-    for name in own.keys() & weights.keys():
-        if own[name].shape != weights[name].shape:
-            faults.append(f"{name} is {list(weights[name].shape)}, not {list(own[name].shape)}")
-    if faults:
-        raise CheckpointError(
-            f"weights do not fit the model in {len(faults)} places", where=where, seen="; ".join(sorted(faults))
-        )
-    with torch.no_grad():
-        for name, value in own.items():
-            value.copy_(weights[name])
 
 
 def _stored(weights: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:

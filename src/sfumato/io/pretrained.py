@@ -23,6 +23,7 @@ from sfumato.io.keymap import DIFFUSERS, OURS, renamed, some
 NAMES = ("diffusion_pytorch_model", "model")  # of weights in a folder, before .safetensors and the like
 LATENTS = "latents"  # the kind of codec that is read here
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+FILES = (*PICKLES, ".safetensors", ".sft")  # of weights
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

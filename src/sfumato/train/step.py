@@ -74,7 +74,8 @@ class Stepper:
     def loss(self, batch: Batch, step: int, micro: int) -> Loss:
         """The objective on one micro-batch, with this address' times, noise and dropped conditions."""
         seed = self.config.seed
-        raw = dropped(batch.fields, self.config.condition_dropout, generator(seed, "condition", step, micro))
+        kept = getattr(getattr(self.model, "conditioner", None), "kept", ())
+        raw = dropped(batch.fields, self.config.condition_dropout, generator(seed, "condition", step, micro), kept)
         x0 = clean(self.model, batch, self.device, generator(seed, "latents", step, micro))
         rng = generator(seed, "noise", step, micro)
         with self.autocast():

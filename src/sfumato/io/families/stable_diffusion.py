@@ -1,0 +1,154 @@
+"""Stable Diffusion 1 and 2 as diffusers keeps them: a U-Net on an autoencoder's latents, told a prompt by CLIP."""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.codecs import Latents
+from sfumato.errors import CheckpointError, ConfigError
+from sfumato.io import parts as shared
+from sfumato.io.families import stable
+from sfumato.io.family import Published
+from sfumato.io.keymap import DIFFUSERS, OURS, renamed
+from sfumato.io.pretrained import read_json, read_state
+from sfumato.model import Model
+from sfumato.nets.stable_unet import StableUNet
+from sfumato.paths import Tabulated
+from sfumato.text import Text
+from sfumato.text.joined import WAVES
+
+SHAPE = ("in_channels", "out_channels", "channels", "blocks", "depths", "middle", "heads", "context_dim")
+MORE = ("pooled_dim", "guidance_dim", "linear", "groups")
+
+
+class StableDiffusion:
+    """The family. See `sfumato.io.family.Family`."""
+
+    pipelines = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+
+    def read_folder(self, folder: Path, index: Mapping[str, Any]) -> Published:
+        path, prediction, sampling = shared.read_table(folder)
+        shape, net = read_unet(folder / "unet")
+        codec, autoencoder, factor = shared.read_vae(folder / "vae")
+        if shape["in_channels"] != codec["latent"]:
+            seen = f"{shape['in_channels']} channels, where the autoencoder has {codec['latent']}"
+            raise CheckpointError(
+                "a U-Net that takes more than latents (inpainting, say)", where=str(folder), seen=seen
+            )
+        text, files = shared.read_text(folder)
+        section = {
+            "path": path,
+            "prediction": prediction,
+            "time_input": "index",
+            "scale_input": None,
+            "net": shape,
+            "codec": codec,
+            "conditioner": {"kind": "text", "length": shared.tokenizer_length(folder)},
+        }
+        size = [int(side) * factor for side in shared.pair(shape["size"])]
+        sampling = {"steps": 50, "guidance": 7.5, **sampling}
+        state = net | autoencoder | text
+        return Published(section, size, sampling, state, files, shared.facts_of(folder, index))
+
+    def owns(self, model: Model) -> bool:
+        return (
+            isinstance(model.net, StableUNet)
+            and isinstance(model.codec, Latents)
+            and isinstance(model.conditioner, Text)
+            and isinstance(model.denoiser.path, Tabulated)
+        )
+
+    def write_folder(self, place: Path, model: Model, dtype: torch.dtype) -> None:
+        net, codec, text, path = model.net, model.codec, model.conditioner, model.denoiser.path
+        assert isinstance(net, StableUNet) and isinstance(codec, Latents)
+        assert isinstance(text, Text) and isinstance(path, Tabulated)
+        shared.write_index(place, self.pipelines[0], INDEX, model)
+        shared.write_table(place, path, str(model.spec["model"]["prediction"]))
+        write_unet(place / "unet", net, dtype)
+        shared.write_vae(place, codec, dtype)
+        shared.write_text(place, text, dtype)
+
+    def knows(self, keys: Collection[str]) -> bool:
+        return False
+
+    def read_file(self, state: Mapping[str, Tensor], file: Path, parts: Path | None) -> Published:
+        raise CheckpointError("single files are not read yet", where=str(file))
+
+    def write_file(self, model: Model) -> dict[str, Tensor]:
+        raise ConfigError("single files are not written yet", where="--to single-file", fix="--to diffusers")
+
+
+INDEX: dict[str, Any] = {
+    "feature_extractor": [None, None],
+    "image_encoder": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+# The U-Net
+
+
+def read_unet(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The slot of the network of a folder `unet`, and its weights under our names."""
+    config = read_json(folder / "config.json")
+    state = {key: value.float() for key, value in read_state(folder).items()}
+    levels = len(config.get("block_out_channels", ()))
+    heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)  # which means heads, by mistake
+    each = tuple(heads) if isinstance(heads, list) else (int(heads),) * levels
+    shape = stable.config_of(state, DIFFUSERS, str(folder), each, int(config.get("norm_num_groups") or 32))
+    named = renamed(state, stable.lines(shape), DIFFUSERS, OURS, str(folder))
+    slot = unet_slot(shape, shared.as_size(config.get("sample_size", 64)))
+    return slot, {f"net.{key}": value for key, value in named.items()}
+
+
+def unet_slot(shape: stable.StableUNetConfig, size: int | list[int]) -> dict[str, Any]:
+    """The slot of a network of this shape. size: of its latents."""
+    slot = {name: getattr(shape, name) for name in (*SHAPE, *MORE)}
+    slot = {name: list(value) if isinstance(value, tuple) else value for name, value in slot.items()}
+    return slot | {"kind": "stable_unet", "size": size}
+
+
+def write_unet(folder: Path, net: StableUNet, dtype: torch.dtype) -> None:
+    """diffusers' UNet2DConditionModel."""
+    folder.mkdir(exist_ok=True)
+    shared.write_json(folder / "config.json", _unet(net))
+    state = renamed(net.state_dict(), stable.lines(net.config), OURS, DIFFUSERS, str(folder))
+    shared.write_part(folder / shared.WEIGHTS, state, dtype)
+
+
+def _unet(net: StableUNet) -> dict[str, Any]:
+    config = net.config
+    cross = ["CrossAttn" if depth else "" for depth in config.depths]
+    told = {  # SDXL's: the pooled prompt, and six sizes as sinusoids
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": WAVES,
+        "projection_class_embeddings_input_dim": config.pooled_dim,
+    }
+    said = {
+        "_class_name": "UNet2DConditionModel",
+        "act_fn": "silu",
+        "attention_head_dim": list(config.heads),  # which means heads, by mistake
+        "block_out_channels": list(config.channels),
+        "cross_attention_dim": config.context_dim,
+        "down_block_types": [f"{one}DownBlock2D" for one in cross],
+        "in_channels": config.in_channels,
+        "layers_per_block": config.blocks,
+        "mid_block_type": "UNetMidBlock2DCrossAttn" if config.middle else "UNetMidBlock2D",
+        "norm_num_groups": config.groups,
+        "out_channels": config.out_channels,
+        "sample_size": shared.as_size(config.size),
+        "time_cond_proj_dim": config.guidance_dim or None,
+        "transformer_layers_per_block": [depth or 1 for depth in config.depths],
+        "up_block_types": [f"{one}UpBlock2D" for one in reversed(cross)],
+        "use_linear_projection": config.linear,
+    }
+    return said | (told if config.pooled_dim else {})

@@ -1,0 +1,222 @@
+"""What a file or a folder of weights is, from its descriptions and headers alone: no weight is read.
+
+A safetensors file begins with the names, shapes and kinds of its tensors, which is enough to tell a family, its parts,
+and what is missing. Pickles have no such header; of them the tensors are mapped, and not copied.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from sfumato.errors import CheckpointError
+from sfumato.io.directory import read_description
+from sfumato.io.family import families
+from sfumato.io.parts import INDEX
+from sfumato.io.pretrained import FILES, PICKLES, read_json, read_state
+
+KINDS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "F64": "fp64", "F8_E4M3": "fp8", "F8_E5M2": "fp8"}
+PARTS = {  # of single files: what a part is called, by the beginnings of its names
+    "network": ("model.diffusion_model.", "double_blocks.", "joint_blocks.", "blocks.", "input_blocks."),
+    "autoencoder": ("first_stage_model.", "vae."),
+    "text encoder": ("cond_stage_model.", "conditioner.embedders.", "text_encoders."),
+    "control": ("control_model.",),
+    "average of the network": ("model_ema.",),
+}
+
+
+@dataclass(frozen=True)
+class Header:
+    """The names, shapes and kinds of the tensors of a file, and what its metadata says."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    kinds: Mapping[str, str]
+    metadata: Mapping[str, str]
+
+    def counted(self) -> dict[str, Any]:
+        """Parameters, the kinds they are stored as, and bytes."""
+        sizes = {name: _product(shape) for name, shape in self.shapes.items()}
+        found = Counter(self.kinds.values())
+        return {"tensors": len(sizes), "parameters": sum(sizes.values()), "dtypes": dict(sorted(found.items()))}
+
+    def under(self, beginnings: Iterable[str]) -> "Header":
+        """The tensors whose names begin so."""
+        names = [name for name in self.shapes if name.startswith(tuple(beginnings))]
+        return Header({n: self.shapes[n] for n in names}, {n: self.kinds[n] for n in names}, self.metadata)
+
+
+def header(file: Path) -> Header:
+    """The header of a file of weights. CheckpointError where it cannot be read."""
+    if file.suffix in PICKLES:
+        state = read_state(file)
+        kinds = {name: str(value.dtype).removeprefix("torch.") for name, value in state.items()}
+        short = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
+        return Header({n: tuple(v.shape) for n, v in state.items()}, {n: short.get(k, k) for n, k in kinds.items()}, {})
+    shapes, kinds = {}, {}
+    try:
+        with safe_open(file, framework="pt") as opened:  # type: ignore[no-untyped-call]
+            for name in opened.keys():  # noqa: SIM118
+                part = opened.get_slice(name)
+                shapes[name], said = tuple(part.get_shape()), part.get_dtype()
+                kinds[name] = KINDS.get(said, said.lower())
+            return Header(shapes, kinds, dict(opened.metadata() or {}))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError("weights cannot be read", where=str(file), seen=str(error)) from None
+
+
+def inspected(path: Path) -> dict[str, Any]:
+    """What lies at a path: its kind, its family, its parts with their sizes, what it predicts, what is missing.
+
+    CheckpointError for what is nothing that this library knows.
+    """
+    path = Path(path).expanduser()
+    if path.is_file():
+        return {"path": str(path), **_file(path)}
+    if (path / INDEX).is_file():
+        return {"path": str(path), **_diffusers(path)}
+    if (path / "model" / "model.json").is_file():
+        return {"path": str(path), **_own(path / "model"), "run": True}
+    if (path / "model.json").is_file():
+        return {"path": str(path), **_own(path)}
+    if (path / "config.json").is_file():
+        config = read_json(path / "config.json")
+        kind = str(config.get("_class_name") or (config.get("architectures") or ["?"])[0])
+        return {"path": str(path), "kind": "part of a pipeline", "class": kind, "parts": {path.name: _part(path)}}
+    seen = "no such path" if not path.exists() else ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
+    raise CheckpointError(
+        "nothing that is known here", where=str(path), seen=seen, fix="a run, a model, a folder of diffusers, or a file"
+    )
+
+
+def _own(folder: Path) -> dict[str, Any]:
+    said, found = read_description(folder), header(folder / "model.safetensors")
+    section = said["model"]
+    parts = {name.split(".")[0] for name in found.shapes}
+    return {
+        "kind": "model of sfumato",
+        "family": _kind(section.get("net")),
+        "path of noise": _kind(section.get("path")),
+        "prediction": _kind(section.get("prediction")),
+        "conditioner": _kind(section.get("conditioner")),
+        "codec": _kind(section.get("codec")),
+        "size": said["size"],
+        "sampling": said["sampling"],
+        "parts": {part: found.under([f"{part}."]).counted() for part in sorted(parts)},
+        "facts": said["facts"],
+        "missing": [name for name in said["files"] if not (folder / name).is_file()],
+    }
+
+
+def _kind(slot: Any) -> Any:
+    return slot.get("kind") if isinstance(slot, Mapping) else slot
+
+
+def _diffusers(folder: Path) -> dict[str, Any]:
+    index = read_json(folder / INDEX)
+    kind = str(index.get("_class_name"))
+    known = {name: family for family, found in families().items() for name in found.pipelines}
+    wanted = [name for name, said in index.items() if isinstance(said, list) and any(said)]
+    missing = [name for name in wanted if not (folder / name).is_dir()]
+    parts = {
+        name: {"class": index[name][1], **_part(folder / name)}
+        for name in wanted
+        if name not in missing and name != "scheduler" and not name.startswith(("tokenizer", "feature_extractor"))
+    }
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    told = read_json(scheduler) if scheduler.is_file() else {}
+    flows = "FlowMatch" in str(told.get("_class_name"))
+    return {
+        "kind": "folder of diffusers",
+        "family": known.get(kind),
+        "class": kind,
+        "scheduler": told.get("_class_name"),
+        "prediction": told.get("prediction_type") or ("flow" if flows else None),
+        "parts": parts,
+        "missing": missing,
+    }
+
+
+def _part(folder: Path) -> dict[str, Any]:
+    files = sorted(one for one in folder.iterdir() if one.suffix in FILES)
+    chosen = [one for one in files if one.suffix == ".safetensors"] or files
+    whole = [one for one in chosen if not any(v in one.name for v in (".fp16.", ".bf16."))] or chosen
+    if not whole:
+        return {"tensors": 0, "parameters": 0, "dtypes": {}, "missing": "weights"}
+    found = [header(one) for one in whole]
+    merged = Header(
+        {name: shape for one in found for name, shape in one.shapes.items()},
+        {name: kind for one in found for name, kind in one.kinds.items()},
+        {},
+    )
+    return {**merged.counted(), "files": [one.name for one in whole]}
+
+
+def _file(file: Path) -> dict[str, Any]:
+    if file.suffix not in FILES:
+        raise CheckpointError(
+            "this is no file of weights", where=str(file), seen=file.suffix or "no suffix", fix=", ".join(FILES)
+        )
+    found = header(file)
+    if any(".lora_" in name or "lora_down" in name or "lora_A" in name for name in found.shapes):
+        return {"kind": "LoRA", **_lora(found), **found.counted()}
+    family = next((name for name, one in families().items() if one.knows(found.shapes.keys())), None)
+    parts = {name: found.under(beginnings) for name, beginnings in PARTS.items()}
+    parts = {name: part for name, part in parts.items() if part.shapes}
+    kind = "single file" if family else "weights"
+    if not family and _autoencoder(found.shapes):
+        kind, parts = "autoencoder", {"autoencoder": found}
+    elif not family and any("zero_convs" in name or "controlnet_" in name for name in found.shapes):
+        kind, parts = "ControlNet", {"control": found}
+    missing = [name for name in ("autoencoder", "text encoder") if family and name not in parts]
+    return {
+        "kind": kind,
+        "family": family,
+        "prediction": found.metadata.get("modelspec.prediction_type"),
+        "parts": {name: part.counted() for name, part in parts.items()},
+        **found.counted(),
+        "metadata": dict(found.metadata),
+        "missing": missing,
+    }
+
+
+def _autoencoder(names: Iterable[str]) -> bool:
+    known = set(names)
+    marks = ("decoder.up_blocks.0.resnets.0.conv1.weight", "decoder.up.0.block.0.conv1.weight")
+    return any(mark in known for mark in marks)
+
+
+def _lora(found: Header) -> dict[str, Any]:
+    downs = [
+        shape for name, shape in found.shapes.items() if "lora_down" in name or "lora_A" in name or ".down." in name
+    ]
+    kohya = any(name.startswith(("lora_unet_", "lora_te")) for name in found.shapes)
+    return {
+        "dialect": "kohya" if kohya else "diffusers or peft",
+        "ranks": sorted({shape[0] for shape in downs}),
+        "modules": len(downs),
+        "metadata": dict(found.metadata),
+    }
+
+
+def _product(shape: Iterable[int]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def as_text(said: Mapping[str, Any]) -> str:
+    """For a reader: a line for each thing that is known."""
+    lines = []
+    for name, value in said.items():
+        if name == "parts":
+            for part, counted in value.items():
+                kinds = ", ".join(counted["dtypes"]) or "no weights"
+                extra = f" ({counted['class']})" if "class" in counted else ""
+                lines.append(f"  {part}{extra}: {counted['parameters']:,} parameters, {kinds}")
+        elif value not in (None, {}, []):
+            shown = json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else f"{value}"
+            lines.append(f"{name}: {shown if len(shown) <= 200 else shown[:200] + '...'}")
+    return "\n".join(lines)
