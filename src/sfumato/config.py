@@ -162,6 +162,22 @@ class Config(Section):
     threads: Positive | None = None
     sampling: SamplingSection = SamplingSection()
 
+    @property
+    def source(self) -> dict[str, Any]:
+        """The slot of the data source."""
+        return source_of(self.data)
+
+    @property
+    def cache(self) -> str | bool | None:
+        """Where latents and states of texts are kept: a folder, true for the usual one, or nowhere."""
+        said: str | bool | None = self.data.get(CACHE)
+        return said
+
+
+def source_of(slot: dict[str, Any]) -> dict[str, Any]:
+    """Of `data`, what the source is built from: `cache` is a matter of the run."""
+    return {name: value for name, value in slot.items() if name != CACHE}
+
 
 # Where the slots are, and of what kind: what is checked against the catalogue.
 SLOTS = {
@@ -183,6 +199,7 @@ SLOTS = {
     "sampling.grid": "Grid",
 }
 ALONE = "autoencoder"  # the objective that trains the codec, and no network
+CACHE = "cache"  # of data: not the source's, whatever it is
 FILLED_IN = ("in_channels", "context_dim", "pooled_dim", "classes")  # a network's, known from what stands beside it
 
 
@@ -191,6 +208,10 @@ def slot_problems(raw: dict[str, Any]) -> Iterator[Problem]:
     yield from _misplaced(raw)
     for where, kind_of in SLOTS.items():
         slot = dig(raw, where)
+        if where == "data" and isinstance(slot, dict):
+            said, slot = slot.get(CACHE), source_of(slot)
+            if not (said is None or isinstance(said, (str, bool))) or said == "":
+                yield Problem("data.cache", "is a folder, true or false", repr(said), "data.cache=true")
         if slot is not None and where.startswith("sampling."):  # these have other names, too
             try:
                 name = where.removeprefix("sampling.")

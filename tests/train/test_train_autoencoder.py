@@ -20,8 +20,8 @@ from sfumato.io.pretrained import codec_from
 from sfumato.model import AutoencoderModel
 from sfumato.overlay import load_config
 from sfumato.train import checkpoint
+from sfumato.train.pixels import pixels
 from sfumato.train.run import Run
-from sfumato.train.step import pixels
 
 Small = Callable[..., Config]
 Start = Callable[..., Run]

@@ -15,7 +15,7 @@ from sfumato.data.sheet import sheet
 from sfumato.errors import DataError
 from sfumato.model import AutoencoderModel, Model
 from sfumato.pipeline import Pipeline
-from sfumato.train.step import pixels
+from sfumato.train.pixels import pixels
 
 LOOKED_AT = 256  # of the data, in search of captions that the model can read whole
 COLUMNS = 8  # of a sheet of reconstructions

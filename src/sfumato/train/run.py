@@ -26,14 +26,16 @@ from sfumato.io.pretrained import codec_from, fill_codec
 from sfumato.model import AutoencoderModel, Model, Trainable, build_autoencoder, build_model, compile_net, pick_device
 from sfumato.overlay import resolved
 from sfumato.train import checkpoint
+from sfumato.train.cache import Cache, cache_folder, cache_of
 from sfumato.train.checkpoint import State
 from sfumato.train.ema import EMA
 from sfumato.train.guard import Guard
 from sfumato.train.keys import key
 from sfumato.train.log import Log
 from sfumato.train.optim import build_optimizer, learning_rate
+from sfumato.train.pixels import pixels
 from sfumato.train.preview import preview, reconstructions, wanted
-from sfumato.train.step import Outcome, Stepper, pixels
+from sfumato.train.step import Outcome, Stepper
 from sfumato.train.validate import Validation
 
 ROLLBACKS = 5  # more of them, and somebody should look at the run
@@ -56,13 +58,14 @@ class Run:
         self.device, self.section = pick_device(config.device), resolved(config)
         told: list[str] = []
         kept = checkpoint.newest(self.checkpoints, told.append) if resume else None
-        self.dataset = build(config.data, "Data")
+        self.dataset = build(config.source, "Data")
         self._build(kept[1] if kept else None)
         self.step = self.updates = self.images = 0
         self.pending: list[dict[str, float]] = []
         if kept is not None:
             told += self._restore(*kept)
         self._check_room()
+        self.stepper.cache = self._cache()
         self.log = Log(folder, self.step, config.steps)
         self.loader = Loader(
             self.dataset,
@@ -71,6 +74,7 @@ class Run:
             position=self.images,
             workers=config.workers,
             holdout=config.validate_.holdout,
+            latents=self.stepper.cache.latents if self.stepper.cache else None,
         )
         with self._loader_closed_on_error():
             held = self.loader.held_out().tolist()
@@ -370,11 +374,21 @@ class Run:
         if not held or not config.every:
             return None
         parts = [held[i : i + batch] for i in range(0, min(len(held), batch * config.batches), batch)]
-        return Validation([self._batch(part) for part in parts])
+        return Validation([self.loader.fetched(np.array(part)) for part in parts])
 
-    def _batch(self, part: Sequence[int]) -> Batch:
-        images, fields = self.dataset.batch(part)
-        return Batch(images, fields, np.array(part), 0)
+    def _cache(self) -> Cache | None:
+        """The stores that the configuration says to use, which must be whole."""
+        folder = cache_folder(self.config)
+        if folder is None:
+            return None
+        if not isinstance(self.model, Model):
+            raise ConfigError("an autoencoder is trained on pictures", where="data.cache", fix="data.cache=null")
+        section = self.model.spec["model"]
+        codec = section["codec"] if isinstance(section["codec"], Mapping) else {"kind": section["codec"]}
+        conditioner = (section["conditioner"], self.model.conditioner)
+        cache = cache_of(folder, self.dataset, (codec, self.model.codec), conditioner)
+        cache.check(self.dataset)
+        return cache
 
     @contextmanager
     def _loader_closed_on_error(self) -> Iterator[None]:

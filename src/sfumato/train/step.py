@@ -13,10 +13,13 @@ from sfumato.conditioners import Raw, dropped
 from sfumato.config import Config
 from sfumato.data.loader import Batch
 from sfumato.data.picture import Image
+from sfumato.denoiser import Cond
 from sfumato.model import Model, Trainable
 from sfumato.nets.layers import BF16_ARITHMETIC
 from sfumato.objectives import Loss, Objective
+from sfumato.train.cache import Cache
 from sfumato.train.keys import generator, key
+from sfumato.train.pixels import pixels
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -50,6 +53,7 @@ class Stepper:
         self.config, self.device = config, device
         self.weights = [p for p in model.parameters() if p.requires_grad]
         self.clipped = model.clipped()
+        self.cache: Cache | None = None
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
 
     def gradients(self, batches: Sequence[Batch], step: int) -> Outcome:
@@ -79,7 +83,7 @@ class Stepper:
         x0 = clean(self.model, batch, self.device, generator(seed, "latents", step, micro))
         rng = generator(seed, "noise", step, micro)
         with self.autocast():
-            return self.objective(self.model.learner(step), x0, self.model.cond(raw), rng)
+            return self.objective(self.model.learner(step), x0, self.cond(raw), rng)
 
     def judged(self, batch: Batch, *address: str | int) -> Loss:
         """The objective on a batch that is not learned from, with this address' times and noise, whole conditions."""
@@ -87,7 +91,13 @@ class Stepper:
         x0 = clean(self.model, batch, self.device, generator(self.config.seed, "latents", *address))
         with self.autocast():
             rng = generator(self.config.seed, *address)
-            return self.objective(self.model.learner(None), x0, self.model.cond(raw), rng)
+            return self.objective(self.model.learner(None), x0, self.cond(raw), rng)
+
+    def cond(self, raw: Sequence[Raw]) -> Cond:
+        """What the network is told, computed or from the cache."""
+        if self.cache is None or self.cache.states is None:
+            return self.model.cond(raw)
+        return self.cache.cond(raw, self.device)
 
     def update(self, rate: float) -> None:
         """Moves the weights by gradients that `gradients` found finite: a scaler, which looks at them too, agrees."""
@@ -132,9 +142,3 @@ def encoded(model: Trainable, images: Image, device: torch.device) -> Tensor:
     """Pictures (B, H, W, 3) uint8 as the network sees them, on its device."""
     with torch.no_grad():
         return model.encode(pixels(images, device))
-
-
-def pixels(images: Image, device: torch.device) -> Tensor:
-    """Pictures (B, H, W, 3) uint8 as (B, 3, H, W) in [-1, 1], on a device."""
-    there = torch.from_numpy(images).to(device, non_blocking=True).permute(0, 3, 1, 2)
-    return there.float().div(127.5).sub(1).contiguous()
