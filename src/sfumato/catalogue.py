@@ -165,7 +165,11 @@ NETS = {
     "dit": "sfumato.nets.dit:DiT",
     "stable_unet": "sfumato.nets.stable_unet:StableUNet",
 }
-CODECS = {"pixels": "sfumato.codecs:Pixels", "latents": "sfumato.codecs:Latents"}
+CODECS = {
+    "pixels": "sfumato.codecs:Pixels",
+    "latents": "sfumato.codecs:Latents",
+    "tiny_latents": "sfumato.codecs:TinyLatents",
+}
 CONDITIONERS = {
     "labels": "sfumato.conditioners:Labels",
     "prompts": "sfumato.conditioners:Prompts",

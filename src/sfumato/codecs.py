@@ -7,13 +7,14 @@ network works on, of about unit variance. It may fold space into channels and it
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import inf
-from typing import ClassVar, Protocol
+from typing import ClassVar, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from sfumato.errors import ConfigError
 from sfumato.nets.autoencoder import Autoencoder, AutoencoderConfig
+from sfumato.nets.tiny_autoencoder import TinyAutoencoder, TinyAutoencoderConfig
 
 
 class Codec(Protocol):
@@ -83,8 +84,7 @@ class Latents(nn.Module):
     ) -> None:
         super().__init__()
         if weights is not None:
-            fix = "sfumato.io.pretrained.codec_from, as a run does when it starts"
-            raise ConfigError("an autoencoder was not read", where="model.codec.weights", seen=weights, fix=fix)
+            _unread(weights)
         config = AutoencoderConfig(
             latent=latent, channels=tuple(channels), blocks=blocks, groups=groups, attention=attention, quant=quant
         )
@@ -117,16 +117,7 @@ class Latents(nn.Module):
         return self.autoencoder.config.latent
 
     def shape(self, height: int, width: int) -> tuple[int, int, int]:
-        factor = self.autoencoder.config.factor
-        if height % factor or width % factor:
-            near = "x".join(str(max(factor, round(side / factor) * factor)) for side in (height, width))
-            raise ConfigError(
-                f"this autoencoder takes sizes that are multiples of {factor}",
-                where="data.size",
-                seen=f"{height}x{width}",
-                fix=near,
-            )
-        return self.channels, height // factor, width // factor
+        return _divided(self.channels, self.autoencoder.config.factor, height, width)
 
     def encode(self, images: Tensor) -> Tensor:
         return self.moments(images)[0]
@@ -168,6 +159,74 @@ class Latents(nn.Module):
                 out[:, :, rows, columns] += part * weight
                 total[:, :, rows, columns] += weight
         return out / total
+
+
+class TinyLatents(nn.Module):
+    """Latents by a tiny autoencoder (TAESD): nearly those of the large one that it was distilled from, at a small part
+    of the time and memory; frozen. For previews, and for machines that are too small for more.
+
+    weights: a folder of diffusers' AutoencoderTiny, or `..._encoder` of the original's two files, read when a run
+    starts. latent to decoder: see `TinyAutoencoderConfig`. scale, shift: z = (latent - shift) * scale; its latents are
+    normalised already, so 1 and 0 unless a checkpoint says otherwise.
+    """
+
+    def __init__(
+        self,
+        *,
+        weights: str | None = None,
+        latent: int = 4,
+        width: int = 64,
+        encoder: tuple[int, ...] = (1, 3, 3, 3),
+        decoder: tuple[int, ...] = (3, 3, 3, 1),
+        scale: float = 1.0,
+        shift: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if weights is not None:
+            _unread(weights)
+        if not (0 < scale < inf and abs(shift) < inf):
+            seen = f"scale {scale:g}, shift {shift:g}"
+            raise ConfigError("a scale is above 0", where="model.codec.scale", seen=seen, fix="scale=1")
+        config = TinyAutoencoderConfig(latent=latent, width=width, encoder=tuple(encoder), decoder=tuple(decoder))
+        self.autoencoder = TinyAutoencoder(config).requires_grad_(False)
+        self.scale, self.shift = scale, shift
+        self.eval()
+
+    @property
+    def channels(self) -> int:
+        return self.autoencoder.config.latent
+
+    def shape(self, height: int, width: int) -> tuple[int, int, int]:
+        return _divided(self.channels, self.autoencoder.config.factor, height, width)
+
+    def encode(self, images: Tensor) -> Tensor:
+        return (self.autoencoder.encode(images) - self.shift) * self.scale
+
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The latents, and a spread of nothing: there is no distribution."""
+        z = self.encode(images)
+        return z, torch.zeros_like(z)
+
+    def decode(self, x: Tensor) -> Tensor:
+        return self.autoencoder.decode(x / self.scale + self.shift).clamp(-1, 1)
+
+    def train(self, mode: bool = True) -> "TinyLatents":
+        """Stays in evaluation mode: it is frozen."""
+        return super().train(False)
+
+
+def _unread(weights: str) -> NoReturn:
+    fix = "sfumato.io.pretrained.codec_from, as a run does when it starts"
+    raise ConfigError("an autoencoder was not read", where="model.codec.weights", seen=weights, fix=fix)
+
+
+def _divided(channels: int, factor: int, height: int, width: int) -> tuple[int, int, int]:
+    """The shape of latents. ConfigError for pictures whose sides the factor does not divide."""
+    if height % factor or width % factor:
+        near = "x".join(str(max(factor, round(side / factor) * factor)) for side in (height, width))
+        what, seen = f"this autoencoder takes sizes that are multiples of {factor}", f"{height}x{width}"
+        raise ConfigError(what, where="data.size", seen=seen, fix=near)
+    return channels, height // factor, width // factor
 
 
 def _spans(length: int, tile: int) -> Iterator[tuple[int, int]]:

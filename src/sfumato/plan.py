@@ -9,6 +9,7 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from sfumato.catalogue import build
 from sfumato.config import Config
 from sfumato.errors import ConfigError, nearest
 from sfumato.io.fill import unfilled
+from sfumato.io.pretrained import LATENTS, TINY, codec_from
 from sfumato.model import AutoencoderModel, Model, build_autoencoder, build_model
 from sfumato.overlay import resolved
 
@@ -119,9 +121,13 @@ def built(config: Config) -> Model | AutoencoderModel:
 
 
 def _alone(slot: Any) -> Any:
-    """A slot that needs no files: what they would tell, the rest of the recipe has to."""
+    """A slot that needs no files: what they would tell, the rest of the recipe has to, unless it is an autoencoder that
+    is there.
+    """
     if not isinstance(slot, Mapping):
         return slot
+    if "weights" in slot and slot.get("kind") in (LATENTS, TINY) and Path(str(slot["weights"])).expanduser().exists():
+        return codec_from(slot)[0]
     kept = {name: value for name, value in slot.items() if name != "weights"}
     if isinstance(kept.get("parts"), list):
         kept["parts"] = [_alone(part) for part in kept["parts"]]

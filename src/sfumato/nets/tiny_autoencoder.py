@@ -1,4 +1,4 @@
-"""The tiny autoencoder (Ollin Boer Bohan 2023, "TAESD"): latents of Stable Diffusion, FLUX and others to pictures, fast.
+"""The tiny autoencoder (Boer Bohan 2023, "TAESD"): latents of Stable Diffusion, FLUX and others to pictures, fast.
 
 Convolutions and rectifiers alone, 64 channels wide at every size, distilled from a large autoencoder: 1.2 million
 weights a half instead of 34 or 49. There is no distribution and no attention; its latents are those of the large one,

@@ -25,7 +25,7 @@ from sfumato.data.picture import Dataset, fields_of
 from sfumato.denoiser import Cond, joined
 from sfumato.errors import ConfigError, DataError
 from sfumato.io.pretrained import codec_from, fill_codec
-from sfumato.model import pick_device
+from sfumato.model import Model, Trainable, pick_device
 from sfumato.overlay import resolved
 from sfumato.train.pixels import pixels
 
@@ -102,7 +102,7 @@ def cache_of(
     """The stores that fit a codec and a conditioner, each with its slot. ConfigError where nothing can be kept."""
     slot, coder = codec
     latents, states = None, None
-    if isinstance(coder, codecs.Latents):
+    if isinstance(coder, (codecs.Latents, codecs.TinyLatents)):
         about = {
             "codec": {name: value for name, value in slot.items() if name not in ("weights", "sampled")},
             "weights": digest(coder),
@@ -125,6 +125,20 @@ def cache_of(
         )
     fields = tuple(teller.fields) if teller is not None else ()
     return Cache(latents, states, fields, tuple(teller.kept) if teller is not None else ())
+
+
+def cache_for(config: Config, model: Trainable, dataset: Dataset) -> Cache | None:
+    """The stores that a configuration says to use, for a model that is about to be trained. They must be whole."""
+    folder = cache_folder(config)
+    if folder is None:
+        return None
+    if not isinstance(model, Model):
+        raise ConfigError("an autoencoder is trained on pictures", where="data.cache", fix="data.cache=null")
+    section = model.spec["model"]
+    conditioner = (section["conditioner"], model.conditioner)
+    cache = cache_of(folder, dataset, (_as_slot(section["codec"]), model.codec), conditioner)
+    cache.check(dataset)
+    return cache
 
 
 @dataclass(frozen=True)
@@ -174,7 +188,12 @@ def fill(config: Config, folder: Path, progress: Callable[[str], Any]) -> Filled
 
 @torch.no_grad()
 def _fill_latents(
-    store: Latents, codec: codecs.Latents, dataset: Dataset, batch: int, device: torch.device, tell: Progress
+    store: Latents,
+    codec: codecs.Latents | codecs.TinyLatents,
+    dataset: Dataset,
+    batch: int,
+    device: torch.device,
+    tell: Progress,
 ) -> int:
     """How many pictures were encoded."""
     missing = store.missing(thorough=True)

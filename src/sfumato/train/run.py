@@ -7,7 +7,7 @@ skipped stays skipped.
 
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,10 @@ from sfumato.data.loader import Batch, Loader
 from sfumato.data.order import indices
 from sfumato.errors import CheckpointError, ConfigError, DataError, Interrupted, MachineError
 from sfumato.io.directory import save_model
-from sfumato.io.pretrained import codec_from, fill_codec
-from sfumato.model import AutoencoderModel, Model, Trainable, build_autoencoder, build_model, compile_net, pick_device
+from sfumato.model import AutoencoderModel, Model, compile_net, pick_device
 from sfumato.overlay import resolved
 from sfumato.train import checkpoint
-from sfumato.train.cache import Cache, cache_folder, cache_of
+from sfumato.train.cache import cache_for
 from sfumato.train.checkpoint import State
 from sfumato.train.ema import EMA
 from sfumato.train.guard import Guard
@@ -36,6 +35,7 @@ from sfumato.train.optim import build_optimizer, learning_rate
 from sfumato.train.pixels import pixels
 from sfumato.train.preview import preview, reconstructions, wanted
 from sfumato.train.step import Outcome, Stepper
+from sfumato.train.trainable import trainable
 from sfumato.train.validate import Validation
 
 ROLLBACKS = 5  # more of them, and somebody should look at the run
@@ -65,7 +65,7 @@ class Run:
         if kept is not None:
             told += self._restore(*kept)
         self._check_room()
-        self.stepper.cache = self._cache()
+        self.stepper.cache = cache_for(config, self.model, self.dataset)
         self.log = Log(folder, self.step, config.steps)
         self.loader = Loader(
             self.dataset,
@@ -119,7 +119,8 @@ class Run:
         config = self.config
         torch.manual_seed(key(config.seed, "weights"))
         objective = build(config.objective, "Objective")
-        self.model = self._model(objective, None if state is None else state.files).to(self.device).train()
+        files_ = None if state is None else state.files
+        self.model = trainable(self.section, self.dataset, objective, files_).to(self.device).train()
         self.weights = self.model.trained()
         self.averaged = {name: p for name, p in self.weights.items() if self.model.is_kept(name)}
         self.optimizer = build_optimizer(self.model, config)
@@ -139,26 +140,6 @@ class Run:
         if config.compile:
             for part in self.model.compiled():
                 compile_net(part, self.device, dynamic=False)
-
-    def _model(self, objective: Any, files: Mapping[str, bytes] | None) -> Trainable:
-        """What is trained: a model, or where there is no network the autoencoder that the codec describes."""
-        section: dict[str, Any] = self.section["model"]
-        alone, slot = section["net"] is None, section["codec"]
-        fresh = alone and isinstance(slot, Mapping) and slot.get("weights") is None
-        codec, weights = (slot, {}) if fresh else codec_from(slot)
-        spec = {
-            "model": {**section, "codec": codec},
-            "size": list(self.dataset.shape),
-            "sampling": self.section["sampling"],
-        }
-        if alone:
-            spec["model"] = {"net": None, "codec": {key: value for key, value in codec.items() if key != "weights"}}
-            adversary, learning = getattr(objective, "discriminator", None), getattr(objective, "train", "all")
-            made: Model | AutoencoderModel = build_autoencoder(spec, adversary, learning)
-        else:
-            made = build_model(spec, self.dataset, files)
-        fill_codec(made.codec, weights)
-        return made
 
     def _advance(self) -> None:
         """One step: made, or skipped and counted."""
@@ -375,20 +356,6 @@ class Run:
             return None
         parts = [held[i : i + batch] for i in range(0, min(len(held), batch * config.batches), batch)]
         return Validation([self.loader.fetched(np.array(part)) for part in parts])
-
-    def _cache(self) -> Cache | None:
-        """The stores that the configuration says to use, which must be whole."""
-        folder = cache_folder(self.config)
-        if folder is None:
-            return None
-        if not isinstance(self.model, Model):
-            raise ConfigError("an autoencoder is trained on pictures", where="data.cache", fix="data.cache=null")
-        section = self.model.spec["model"]
-        codec = section["codec"] if isinstance(section["codec"], Mapping) else {"kind": section["codec"]}
-        conditioner = (section["conditioner"], self.model.conditioner)
-        cache = cache_of(folder, self.dataset, (codec, self.model.codec), conditioner)
-        cache.check(self.dataset)
-        return cache
 
     @contextmanager
     def _loader_closed_on_error(self) -> Iterator[None]:
