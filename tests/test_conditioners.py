@@ -69,6 +69,17 @@ def test_a_mistyped_class_is_answered_with_the_nearest() -> None:
     assert caught.value.fix == "dog"
 
 
+def test_a_name_with_commas_is_known_by_each_of_its_parts() -> None:
+    """As ImageNet's are; a whole name comes before a part of another, and a class without a name is a number."""
+    labels = Labels(4)
+    labels.names = ("crane, machine", "crane", "tench, Tinca tinca", "")
+    said = ("crane, machine", "machine", "crane", "Tinca tinca", "3")
+    assert labels({"label": name} for name in said)["label"].tolist() == [0, 0, 1, 2, 3]
+    for label in ("tinca", "", " machine"):
+        with pytest.raises(DataError):
+            labels.check([{"label": label}])
+
+
 def test_the_data_has_the_last_word_on_classes() -> None:
     for classes, source in ((0, Captions("a")), (4, SOURCE)):
         with pytest.raises(DataError) as caught:

@@ -57,6 +57,7 @@ PREDICTIONS = {
 }
 TIME_INPUTS = {
     "time": "sfumato.denoiser:as_time",
+    "reversed": "sfumato.denoiser:as_reversed",
     "thousandths": "sfumato.denoiser:as_thousandths",
     "index": "sfumato.denoiser:as_index",
     "log_level": "sfumato.denoiser:as_log_level",
@@ -166,7 +167,10 @@ CONDITIONERS = {
     "joined": "sfumato.conditioners:Joined",
     "text": "sfumato.text:Text",
 }
-FAMILIES = {"stable_diffusion": "sfumato.io.families.stable_diffusion:StableDiffusion"}
+FAMILIES = {
+    "stable_diffusion": "sfumato.io.families.stable_diffusion:StableDiffusion",
+    "dit": "sfumato.io.families.dit:DiTFamily",
+}
 DATA = {"scenes": "sfumato.data.scenes:Scenes", "folder": "sfumato.data.folder:Folder"}
 OPTIMIZERS = {"adamw": "sfumato.train.optim:adamw", "muon": "sfumato.train.optim:muon"}
 

@@ -85,7 +85,8 @@ def told_of_cuts(lengths: Mapping[int, int], most: int) -> tuple[str, ...]:
 class Labels(Conditioner):
     """A class for each picture: {"label": 3}, or by name when the data has names. Cond: label (B,) int64.
 
-    classes: how many; 0 asks the data. The null label is `classes`, the network's last embedding.
+    classes: how many; 0 asks the data. The null label is `classes`, the network's last embedding. A name with commas
+    is known by each of its parts, too, as ImageNet's are ("goldfish, Carassius auratus").
     """
 
     fields = ("label",)
@@ -136,17 +137,29 @@ class Labels(Conditioner):
     def _index(self, label: object) -> int:
         if label is None:
             return self.classes
-        if isinstance(label, str) and label in self.names:
-            return self.names.index(label)
+        if isinstance(label, str) and (named := self._named(label)) is not None:
+            return named
         try:
             index = int(label) if isinstance(label, str) else operator.index(label)  # type: ignore[arg-type]
         except (TypeError, ValueError):
             index = -1
         if not 0 <= index < self.classes:
             numbers = f"0 to {self.classes - 1}"
-            fix = nearest(label, self.names) if isinstance(label, str) and self.names else numbers
+            known = [part for name in self.names for part in _parts(name)]
+            fix = nearest(label, known) if isinstance(label, str) and known else numbers
             raise DataError("no such class", where="label", seen=str(label), fix=fix)
         return index
+
+    def _named(self, label: str) -> int | None:
+        """The first class of this name, or of one of which this is a part."""
+        if label and label in self.names:
+            return self.names.index(label)
+        return next((i for i, name in enumerate(self.names) if label in _parts(name)), None)
+
+
+def _parts(name: str) -> list[str]:
+    """The names that a name with commas lists."""
+    return [part for part in (one.strip() for one in name.split(",")) if part]
 
 
 class Prompts(Conditioner):

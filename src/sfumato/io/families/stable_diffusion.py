@@ -64,8 +64,10 @@ class StableDiffusion:
         net, codec, text, path = model.net, model.codec, model.conditioner, model.denoiser.path
         assert isinstance(net, StableUNet) and isinstance(codec, Latents)
         assert isinstance(text, Text) and isinstance(path, Tabulated)
-        shared.write_index(place, self.pipelines[0], INDEX, model)
-        shared.write_table(place, path, str(model.spec["model"]["prediction"]))
+        sampling = model.spec["sampling"]
+        named_there = {"scheduler": ["diffusers", shared.scheduler_of(sampling)["_class_name"]]}
+        shared.write_index(place, self.pipelines[0], INDEX | named_there, model)
+        shared.write_table(place, path, str(model.spec["model"]["prediction"]), sampling)
         write_unet(place / "unet", net, dtype)
         shared.write_vae(place, codec, dtype)
         named = {f"text_model.{key}": value for key, value in text.encoder.state_dict().items()}
@@ -91,7 +93,6 @@ INDEX: dict[str, Any] = {
     "image_encoder": [None, None],
     "requires_safety_checker": False,
     "safety_checker": [None, None],
-    "scheduler": ["diffusers", "DDIMScheduler"],
     "text_encoder": ["transformers", "CLIPTextModel"],
     "tokenizer": ["transformers", "CLIPTokenizer"],
     "unet": ["diffusers", "UNet2DConditionModel"],
