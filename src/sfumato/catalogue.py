@@ -166,9 +166,11 @@ CONDITIONERS = {
     "prompts": "sfumato.conditioners:Prompts",
     "joined": "sfumato.conditioners:Joined",
     "text": "sfumato.text:Text",
+    "texts": "sfumato.text:Texts",
 }
 FAMILIES = {
     "stable_diffusion": "sfumato.io.families.stable_diffusion:StableDiffusion",
+    "sdxl": "sfumato.io.families.sdxl:SDXL",
     "dit": "sfumato.io.families.dit:DiTFamily",
 }
 DATA = {"scenes": "sfumato.data.scenes:Scenes", "folder": "sfumato.data.folder:Folder"}

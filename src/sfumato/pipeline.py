@@ -5,6 +5,7 @@ its batch. Rows of one batch go through the network together, all branches of th
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from sfumato import __version__
 from sfumato.catalogue import build
-from sfumato.conditioners import Raw
+from sfumato.conditioners import Raw, silent
 from sfumato.data.picture import Image
 from sfumato.denoiser import Cond
 from sfumato.errors import ConfigError, DataError, MemoryShortage, nearest
@@ -198,17 +199,17 @@ class Pipeline:
         shape = self.model.codec.shape(*order.size)
         noise, path = SeededNoise.of(order.seeds), self.model.denoiser.path
         with torch.inference_mode(), self._autocast():
-            cond = self.model.cond(order.raw)
-            n = len(order.raw)
             guide = order.settings.guide(
-                cond, lambda: self._null(n, order.negative), lambda prompt: self.model.cond([self._raw(prompt)] * n)
+                self._cond(order.raw, order.size),
+                lambda: self._instead(order, order.negative or {}),
+                lambda prompt: self._instead(order, self._raw(prompt)),
             )
         x, denoise = (
             noise(torch.empty(len(order.raw), *shape, device=self.device)),
             guided(self._forward, path, guide, times, self._variant, self.model.answers),
         )
         if order.begin is None:
-            x = x * float(path.sigma(times[:1].to("cpu", torch.float64)))
+            x = x * _spread(path, times[0])
         else:
             with torch.inference_mode():
                 known = order.begin.encoded(self.model.codec, self.device)
@@ -273,8 +274,14 @@ class Pipeline:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, DTYPES[self.precision])
 
-    def _null(self, n: int, negative: Raw | None) -> Cond:
-        return self.model.cond([negative or {}] * n)
+    def _cond(self, raw: Sequence[Raw], size: tuple[int, int]) -> Cond:
+        conditioner = self.model.conditioner
+        return {} if conditioner is None else self.model.cond(conditioner.sized(raw, size))
+
+    def _instead(self, order: Order, raw: Raw) -> Cond:
+        """Something else said of the same pictures."""
+        kept = () if self.model.conditioner is None else self.model.conditioner.kept
+        return self._cond([{**silent(one, kept), **raw} for one in order.raw], order.size)
 
     def _order(
         self,
@@ -407,6 +414,14 @@ def model_folder(path: str | Path) -> Path:
     """The model directory that is meant: a run's `model/`, or the folder itself."""
     folder = Path(path).expanduser()
     return folder / "model" if (folder / "model" / "model.json").is_file() else folder
+
+
+def _spread(path: Any, t: Tensor) -> float:
+    """The standard deviation of x_t for data of unit variance: what a grid begins with that begins below pure noise,
+    as the "leading" ones of published models do, and sigma itself at t = 1 but for a table's rest of signal.
+    """
+    t = t.to("cpu", torch.float64)
+    return math.hypot(float(path.alpha(t)), float(path.sigma(t)))
 
 
 def _seeds(seeds: Any, n: int) -> list[int]:

@@ -188,9 +188,9 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         embeddings = [self.time] if self.sizes is None else [self.time, self.sizes.side, self.sizes.ratio]
-        for module in (*(layer for one in embeddings for layer in one.mlp), self.label):
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
+        for layer in (*(layer for one in embeddings for layer in one.mlp), self.label):
+            if isinstance(layer, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(layer.weight, std=0.02)
         zeroed(self.head)
         for block in self.blocks:
             block.zero()
