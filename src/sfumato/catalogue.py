@@ -163,6 +163,7 @@ NETS = {
 CODECS = {"pixels": "sfumato.codecs:Pixels", "latents": "sfumato.codecs:Latents"}
 CONDITIONERS = {
     "labels": "sfumato.conditioners:Labels",
+    "sizes": "sfumato.conditioners:Sizes",
     "prompts": "sfumato.conditioners:Prompts",
     "joined": "sfumato.conditioners:Joined",
     "text": "sfumato.text:Text",
@@ -172,6 +173,7 @@ FAMILIES = {
     "stable_diffusion": "sfumato.io.families.stable_diffusion:StableDiffusion",
     "sdxl": "sfumato.io.families.sdxl:SDXL",
     "dit": "sfumato.io.families.dit:DiTFamily",
+    "pixart": "sfumato.io.families.pixart:PixArt",
 }
 DATA = {"scenes": "sfumato.data.scenes:Scenes", "folder": "sfumato.data.folder:Folder"}
 OPTIMIZERS = {"adamw": "sfumato.train.optim:adamw", "muon": "sfumato.train.optim:muon"}

@@ -20,6 +20,7 @@ from sfumato.errors import CheckpointError, ConfigError, DataError, nearest
 from sfumato.nets.layers import Attention, FeedForward
 
 Raw = Mapping[str, object]
+SIZE = "original_size"  # the raw field that tells how large a picture was
 
 
 @runtime_checkable
@@ -175,6 +176,46 @@ class Labels(Conditioner):
 def _parts(name: str) -> list[str]:
     """The names that a name with commas lists."""
     return [part for part in (one.strip() for one in name.split(",")) if part]
+
+
+class Sizes(Conditioner):
+    """How large a picture was before it was made smaller (PixArt-alpha).
+
+    Cond: sizes (B, 3) float32: height and width in pixels, and the one over the other. Raw field original_size,
+    (height, width); where it is missing, the size that is drawn.
+    """
+
+    fields = kept = (SIZE,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = (0, 0)
+        self.device_of: Tensor
+        self.register_buffer("device_of", torch.empty(0), persistent=False)
+
+    def forward(self, raw: Sequence[Raw]) -> Cond:
+        pairs = [pair_of(one.get(SIZE) or self.size, SIZE) for one in raw]
+        rows = [(height, width, height / max(width, 1)) for height, width in pairs]
+        return {"sizes": torch.tensor(rows, dtype=torch.float32).to(self.device_of.device)}
+
+    def check(self, raw: Sequence[Raw]) -> None:
+        for one in raw:
+            if one.get(SIZE) is not None:
+                pair_of(one[SIZE], SIZE)
+
+    def of_size(self, size: tuple[int, int]) -> None:
+        self.size = size
+
+    def sized(self, raw: Sequence[Raw], size: tuple[int, int]) -> list[Raw]:
+        return [{SIZE: size, **one} for one in raw]
+
+
+def pair_of(value: object, name: str) -> tuple[float, float]:
+    """Height and width, or top and left. DataError for what is no pair of numbers from 0."""
+    pair = list(value) if isinstance(value, (list, tuple)) else []
+    if len(pair) != 2 or not all(isinstance(n, (int, float)) and not isinstance(n, bool) and n >= 0 for n in pair):
+        raise DataError("a size is two numbers of pixels", where=name, seen=repr(value), fix="[1024, 1024]")
+    return pair[0], pair[1]
 
 
 class Prompts(Conditioner):

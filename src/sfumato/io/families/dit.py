@@ -24,8 +24,7 @@ from sfumato.io.family import Published
 from sfumato.io.keymap import DIFFUSERS, ORIGINAL, OURS, Line, line, renamed
 from sfumato.io.pretrained import read_json, read_state
 from sfumato.model import Model
-from sfumato.nets.dit import DiT, DiTConfig
-from sfumato.nets.layers import sincos_2d
+from sfumato.nets.dit import DiT, DiTConfig, positions
 from sfumato.paths import Linear, Tabulated
 from sfumato.predictions import EPS, VELOCITY
 
@@ -119,7 +118,7 @@ def config_of(state: Mapping[str, Tensor], layout: str, where: str, *, heads: in
     try:
         dim, channels, patch = state[marks["entry"]].shape[:3]
         return DiTConfig(
-            size=size or size_of(state, layout, patch),
+            size=size or size_of(state, layout, patch, 32),
             patch=patch,
             dim=dim,
             depth=counted(state, marks["feed"]),
@@ -133,10 +132,10 @@ def config_of(state: Mapping[str, Tensor], layout: str, where: str, *, heads: in
         raise CheckpointError("a weight of the DiT is missing", where=where, seen=str(error)) from None
 
 
-def size_of(state: Mapping[str, Tensor], layout: str, patch: int) -> int:
-    """The side of the latents that a table of positions was made for; 32 where there is none."""
+def size_of(state: Mapping[str, Tensor], layout: str, patch: int, usual: int) -> int:
+    """The side of the latents that a table of positions was made for; the usual one where there is none."""
     table = state.get(POSITIONS[layout])
-    return 32 if table is None else patch * math.isqrt(table.shape[-2])
+    return usual if table is None else patch * math.isqrt(table.shape[-2])
 
 
 def counted(state: Mapping[str, Tensor], template: str) -> int:
@@ -169,15 +168,18 @@ def without_positions(state: dict[str, Tensor], table: Tensor, layout: str, wher
     """The state without its table of positions, which must be the one that is computed here."""
     kept = dict(state)
     found = kept.pop(POSITIONS[layout], None)
-    if found is not None and not torch.allclose(found.float().flatten(), table.flatten(), atol=1e-2):
+    same = found is None or (
+        found.numel() == table.numel() and torch.allclose(found.float().flatten(), table.flatten(), atol=1e-2)
+    )
+    if found is not None and not same:
         raise CheckpointError("positions that are not computed as here", where=where, seen=str(tuple(found.shape)))
     return kept
 
 
-def positions(config: DiTConfig) -> Tensor:
+def table_of(config: DiTConfig) -> Tensor:
     """The table of positions of a network, (1, places, dim)."""
     height, width = shared.pair(config.size)
-    return sincos_2d(height // config.patch, width // config.patch, config.dim)[None]
+    return positions(config, (height // config.patch, width // config.patch))[None]
 
 
 # The family
@@ -231,7 +233,7 @@ class DiTFamily:
 
     def read_file(self, state: Mapping[str, Tensor], file: Path, parts: Path | None) -> Published:
         config = config_of(state, ORIGINAL, str(file))
-        net = without_positions(dict(state), positions(config), ORIGINAL, str(file))
+        net = without_positions(dict(state), table_of(config), ORIGINAL, str(file))
         net = renamed({key: value.float() for key, value in net.items()}, lines(config), ORIGINAL, OURS, str(file))
         if parts is None:
             fix = "--parts FOLDER, one with vae: a DiT's or a Stable Diffusion's"
@@ -254,12 +256,12 @@ class DiTFamily:
         config, state = net.config, net.state_dict()
         if _is_sit(model):
             config, state = _turned_back(config, state)
-        elif not _is_original(model):
+        elif not is_original(model):
             seen = f"{model.denoiser.path}, {model.spec['model']['prediction']}, answers {', '.join(model.answers)}"
             what = "an original DiT says the noise and a variance, on 1000 linear betas"
             raise ConfigError(what, where="--to single-file", seen=seen, fix="--to diffusers")
         named = renamed(state, lines(config), OURS, ORIGINAL, "--to single-file")
-        return {POSITIONS[ORIGINAL]: positions(config), **named}
+        return {POSITIONS[ORIGINAL]: table_of(config), **named}
 
 
 DDPM: dict[str, Any] = {"path": TABLE, "prediction": "eps", "time_input": "index"}
@@ -296,7 +298,8 @@ def _is_dit(model: Model) -> bool:
     return denoiser.time_input is as_index and denoiser.scale_input is None and isinstance(denoiser.path, Tabulated)
 
 
-def _is_original(model: Model) -> bool:
+def is_original(model: Model) -> bool:
+    """Whether a model says the noise and a variance on the originals' table of betas."""
     path = model.denoiser.path
     table = isinstance(path, Tabulated) and torch.equal(path.alphas_cumprod, Tabulated().alphas_cumprod)
     return table and model.denoiser.prediction == EPS and VARIANCE in model.answers
@@ -336,7 +339,7 @@ def _transformer(folder: Path) -> tuple[DiTConfig, dict[str, Tensor]]:
     config = config_of(
         state, DIFFUSERS, where, heads=int(said.get("num_attention_heads", 16)), size=int(said.get("sample_size") or 0)
     )
-    state = without_positions(state, positions(config), DIFFUSERS, where)
+    state = without_positions(state, table_of(config), DIFFUSERS, where)
     named = renamed(state, lines(config), DIFFUSERS, OURS, where)
     return config, {f"net.{key}": value for key, value in named.items()}
 
