@@ -79,6 +79,8 @@ def test_a_language_model_travels(language: Path) -> None:
     said = [{"caption": "a red circle"}]
     assert torch.equal(again(said)["context"], made(said)["context"])
     assert not any("lm_head" in key for key in made.state_dict())  # only what reads
+    with pytest.raises(ConfigError, match="reading part"):
+        published(made.encoder.state_dict(), made.kind)
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(folder: Path, tmp_path: Path) -> None:

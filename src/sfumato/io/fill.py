@@ -40,13 +40,13 @@ def fill_weights(
     where: str,
     device: torch.device | None = None,
     matrices: torch.dtype | None = None,
+    text_device: torch.device | None = None,
 ) -> None:
     """Moves weights into a model; every name and shape must fit, and all that do not are named at once.
 
-    Each parameter gets memory of its own, aligned as torch aligns it: a tensor in a mapped file is not, which would
-    change the last bits of products, and the file may go. `weights` is emptied on the way, so that no more than one
-    tensor is there twice. device: where to; as they are, if
-    not said. matrices: what the network's and the conditioner's weights of two axes or more are kept as; the rest
+    `weights` is emptied on the way, so that no more than one tensor is there twice. device: where to; as they are, if
+    not said. text_device: where the conditioner's go, if elsewhere.
+    matrices: what the network's and the conditioner's weights of two axes or more are kept as; the rest
     (biases, norms) is small and wants precision, and so do autoencoders.
     """
     own = model.weights()
@@ -72,7 +72,8 @@ def fill_weights(
                 value = weights.pop(name)
                 halved = matrices is not None and old.ndim > 1 and old.is_floating_point() and name.startswith(HALVED)
                 kind = matrices if halved else old.dtype
-                value = value.to(device or value.device, kind, copy=True)
+                place = (text_device if name.startswith("conditioner.") else None) or device or value.device
+                value = value.to(place, kind)
                 holder[slot] = made[id(old)] = nn.Parameter(value, requires_grad=old.requires_grad)
 
 

@@ -30,18 +30,19 @@ def load_published(
     *,
     device: torch.device | None = None,
     matrices: torch.dtype | None = None,
+    text_device: torch.device | None = None,
 ) -> Model:
     """The model of a folder of diffusers, or of an original file, in evaluation mode.
 
     parts: a folder of diffusers with what a single file has not: a tokenizer, say. CheckpointError for what is missing
-    or not known. device, matrices: see `sfumato.io.fill.fill_weights`.
+    or not known. device, matrices, text_device: see `sfumato.io.fill.fill_weights`.
     """
     path = Path(path)
     found = _file(path, parts) if path.is_file() else _folder(path)
     spec = {"model": found.section, "size": found.size, "sampling": found.sampling}
     with torch.random.fork_rng(devices=[]), unfilled():
         model = build_model(spec, files=found.files)
-    fill_weights(model, found.state, str(path), device, matrices)
+    fill_weights(model, found.state, str(path), device, matrices, text_device)
     model.facts = found.facts
     return model.eval().requires_grad_(False)
 

@@ -61,7 +61,8 @@ def _scale(weights: list[float], begin: int, by: float) -> None:
 def of_pieces(spans: list[tuple[int, int]], weights: list[float], shift: int = 0) -> list[float]:
     """The weight of each piece, that of its last character; 1 for pieces that stand for no character of the prompt.
 
-    spans: from which to which character each piece reaches, with the space before it or without. shift: of the prompt within what was cut into pieces.
+    spans: from which to which character each piece reaches, with the space before it or without. shift: of the prompt
+    within what was cut into pieces.
     """
     out = []
     for start, end in spans:

@@ -132,7 +132,7 @@ class Text(Conditioner):
             weights.append(each)
         options: dict[str, Any] = {"return_offsets_mapping": True} if self.emphasis else {}
         if self.chunks > 1:
-            told = self._windows(self.tokenizer(texts, add_special_tokens=False, **options))
+            told = self._windows(self.tokenizer(texts, add_special_tokens=False, verbose=False, **options))
         else:
             most = self.drop + self.length
             told = dict(self.tokenizer(texts, padding="max_length", max_length=most, truncation=True, **options))
@@ -169,7 +169,7 @@ class Text(Conditioner):
 
     def counted(self, text: str) -> int:
         """The pieces of a prompt that the network would be given if there were room for all."""
-        return len(self.tokenizer(self._told(text)[0]).input_ids) - self.drop
+        return len(self.tokenizer(self._told(text)[0], verbose=False).input_ids) - self.drop
 
     @property
     def most(self) -> int:

@@ -179,13 +179,16 @@ def _ours(key: str, kind: str) -> str:
 
 
 def published(state: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """The inverse of `read`, for a class of `transformers`."""
+    """The inverse of `read`, for a class of `transformers`. ConfigError for those of which only a part is kept."""
     if kind == CLIP:
         return {f"text_model.{key}": value for key, value in state.items()}
     if kind.endswith("EncoderModel"):
         names = {key: "shared.weight" if key == "embed_tokens.weight" else f"encoder.{key}" for key in state}
         return {names[key]: value for key, value in state.items()}
-    return dict(state)
+    if kind == PROJECTED:
+        return dict(state)
+    fix = "--to sfumato"
+    raise ConfigError("only the reading part of this text encoder is here", where="--to", seen=kind, fix=fix)
 
 
 # Tokenizers
