@@ -235,17 +235,17 @@ def test_positions_span_the_same_at_every_size() -> None:
 
 def test_a_caption_of_no_words_is_the_learned_one() -> None:
     """In its rows alone; all words of it count, and where it is not filled up to the others' length nothing else."""
-    net, (x, t) = made("dit", null=3, **PIXART), inputs()
+    net, (x, t) = made("dit", unsaid=3, **PIXART), inputs()
     words, mask = normal(2, 5, 6), torch.tensor([[True, True, False, False, False], [False] * 5])
     got = net(x, t, context=words, context_mask=mask)
     said = net(x[:1], t[:1], context=words[:1], context_mask=mask[:1])
-    null = net(x[1:], t[1:], context=net.null[None])
+    null = net(x[1:], t[1:], context=net.unsaid[None])
     torch.testing.assert_close(got, torch.cat([said, null]), rtol=0, atol=1e-12)
-    assert not torch.allclose(said, net(x[:1], t[:1], context=net.null[None]))
+    assert not torch.allclose(said, net(x[:1], t[:1], context=net.unsaid[None]))
     short = net(x, t, context=words[:, :2], context_mask=mask[:, :2])  # fewer words than the learned caption has
-    torch.testing.assert_close(short[1:], net(x[1:], t[1:], context=net.null[None, :2]), rtol=0, atol=1e-12)
+    torch.testing.assert_close(short[1:], net(x[1:], t[1:], context=net.unsaid[None, :2]), rtol=0, atol=1e-12)
     got.square().sum().backward()
-    assert net.null.grad is not None and net.null.grad.abs().min() > 0
+    assert net.unsaid.grad is not None and net.unsaid.grad.abs().min() > 0
 
 
 def test_sizes_change_the_answer_each_in_its_third() -> None:
@@ -261,7 +261,7 @@ def test_sizes_change_the_answer_each_in_its_third() -> None:
 
 
 def test_a_fresh_pixart_answers_zero_and_learns() -> None:
-    net = DiT(replace(DIT, dim=24, classes=0, null=2, sizes=True, span=2.0, **PIXART))  # type: ignore[arg-type]
+    net = DiT(replace(DIT, dim=24, classes=0, unsaid=2, sizes=True, span=2.0, **PIXART))  # type: ignore[arg-type]
     x, t = inputs()
     told = {"context": normal(2, 5, 6).float(), "context_mask": torch.tensor([[True] * 5, [False] * 5])}
     told["sizes"] = torch.ones(2, 3)

@@ -303,7 +303,7 @@ def test_there_and_back_gives_the_same_bytes_and_pictures(whole: tuple[Any, Path
 
 # Original single files
 
-WIDE = replace(CONFIG, dim=192, heads=3, null=120)
+WIDE = replace(CONFIG, dim=192, heads=3, unsaid=120)
 
 
 def test_an_original_file_is_a_model_and_comes_back(tmp_path: Path) -> None:
@@ -345,7 +345,7 @@ def test_an_original_file_is_a_model_and_comes_back(tmp_path: Path) -> None:
 def test_a_file_of_sigma_reads_300_pieces(tmp_path: Path) -> None:
     """Its positions may be missing: they are those of 1024 pixels then."""
     folder_of(tmp_path, "sigma")
-    state = original_of(replace(WIDE, null=300))
+    state = original_of(replace(WIDE, unsaid=300))
     del state["pos_embed"]
     torch.save({"state_dict": state}, tmp_path / "Sigma.pth")
     model = load_published(tmp_path / "Sigma.pth", tmp_path / "whole")

@@ -29,7 +29,7 @@ class DiTConfig:
     adaln: "block" has each block compute its own modulation; "shared" computes it once, with an offset learned a
     block (PixArt-alpha's adaLN-single), which saves a third of the weights.
     span: positions run evenly from 0 up to it along both axes, whatever the size; 0 lets neighbours stand 1 apart.
-    null: words of a learned caption that stands for one of which no word counts; 0 for none. sizes: is told the
+    unsaid: words of a learned caption that stands for one of which no word counts; 0 for none. sizes: is told the
     picture's height, width and their ratio, so that it can be trained on small pictures without imitating them.
     local: a 3x3 depthwise convolution over the patches before each attention (Chu et al. 2021): neighbours are known
     from the first step on, not learned, which small data and short training reward. activation: see `FeedForward`.
@@ -55,7 +55,7 @@ class DiTConfig:
     activation: Literal["gelu", "relu2"] = "gelu"
     dropout: float = 0.0
     span: float = 0.0
-    null: int = 0
+    unsaid: int = 0
     sizes: bool = False
 
 
@@ -103,7 +103,7 @@ class DiT(nn.Module):
         self.label = nn.Embedding(config.classes + 1, dim) if config.classes else None
         self.pooled = nn.Linear(config.pooled_dim, dim) if config.pooled_dim else None
         self.context = _captions(config) if config.context_dim else None
-        self.null = _null(config) if config.null and config.context_dim else None
+        self.unsaid = _unsaid(config) if config.unsaid and config.context_dim else None
         self.sizes = Sizes(dim) if config.sizes else None
         self.shared = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim)) if config.adaln == "shared" else None
         self.blocks: Iterable[Block] = nn.ModuleList(  # type: ignore[assignment]
@@ -164,12 +164,12 @@ class DiT(nn.Module):
     def _words(self, context: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         if self.context is None or context is None:
             return None, None
-        if self.null is not None and mask is not None:
-            missing = max(0, context.shape[1] - len(self.null))
-            null = F.pad(self.null, (0, 0, 0, missing))[: context.shape[1]].to(context.dtype)
+        if self.unsaid is not None and mask is not None:
+            missing = max(0, context.shape[1] - len(self.unsaid))
+            null = F.pad(self.unsaid, (0, 0, 0, missing))[: context.shape[1]].to(context.dtype)
             silent = ~mask.any(1, keepdim=True)
             context = torch.where(silent[..., None], null, context)
-            mask = mask | silent & (torch.arange(context.shape[1], device=mask.device) < len(self.null))
+            mask = mask | silent & (torch.arange(context.shape[1], device=mask.device) < len(self.unsaid))
         words: Tensor = self.context(context)
         return words, mask
 
@@ -295,8 +295,8 @@ def _captions(config: DiTConfig) -> nn.Module:
     return nn.Sequential(entry, nn.GELU(approximate="tanh"), nn.Linear(config.dim, config.dim))
 
 
-def _null(config: DiTConfig) -> nn.Parameter:
-    return nn.Parameter(torch.randn(config.null, config.context_dim) / config.context_dim**0.5)
+def _unsaid(config: DiTConfig) -> nn.Parameter:
+    return nn.Parameter(torch.randn(config.unsaid, config.context_dim) / config.context_dim**0.5)
 
 
 def folded(x: Tensor, patch: int) -> Tensor:

@@ -31,7 +31,7 @@ from sfumato.text import Text
 ALPHA, SIGMA = "PixArtAlphaPipeline", "PixArtSigmaPipeline"
 LENGTHS = {ALPHA: 120, SIGMA: 300}  # pieces of words
 SPAN = 32.0  # of positions, in all published models
-OPTIONS = ("text", "adaln", "span", "null", "sizes", "context_dim")  # in which a PixArt is no plain DiT
+OPTIONS = ("text", "adaln", "span", "unsaid", "sizes", "context_dim")  # in which a PixArt is no plain DiT
 
 
 # Names
@@ -54,7 +54,7 @@ def _ends(config: DiTConfig) -> Iterator[Line]:
             yield line(ours=f"{ours}.mlp.{i}", diffusers=f"{embed}.{theirs}.{name}", original=f"{original}.mlp.{i}")
     for i, name, origin in ((0, "linear_1", "fc1"), (2, "linear_2", "fc2")):
         yield line(ours=f"context.{i}", diffusers=f"caption_projection.{name}", original=f"y_embedder.y_proj.{origin}")
-    yield line(bare=True, ours="null", original="y_embedder.y_embedding")
+    yield line(bare=True, ours="unsaid", original="y_embedder.y_embedding")
     yield line(ours="shared.1", diffusers="adaln_single.linear", original="t_block.1")
     yield line(bare=True, ours="head.offset", diffusers="scale_shift_table", original="final_layer.scale_shift_table")
     yield dit.answer(config, "proj_out")
@@ -88,7 +88,7 @@ MARKS = {
         "entry": "x_embedder.proj.weight",
         "caption": "y_embedder.y_proj.fc1.weight",
         "sizes": "csize_embedder.mlp.0.weight",
-        "null": "y_embedder.y_embedding",
+        "unsaid": "y_embedder.y_embedding",
         "feed": "blocks.{}.mlp.fc1.weight",
         "out": "final_layer.linear.weight",
     },
@@ -106,7 +106,7 @@ def config_of(
     marks = MARKS[layout]
     try:
         dim, channels, patch = state[marks["entry"]].shape[:3]
-        null = state.get(marks.get("null", ""))
+        null = state.get(marks.get("unsaid", ""))
         return DiTConfig(
             size=size or dit.size_of(state, layout, patch, 128),
             patch=patch,
@@ -120,7 +120,7 @@ def config_of(
             text="cross",
             adaln="shared",
             span=span or _span(state.get(dit.POSITIONS[layout])),
-            null=0 if null is None else len(null),
+            unsaid=0 if null is None else len(null),
             sizes=marks["sizes"] in state,
         )
     except (KeyError, ValueError) as error:
@@ -173,7 +173,7 @@ class PixArt:
         shared.write_index(place, kinds[0], parts, model)
         shared.write_table(place, path, str(model.spec["model"]["prediction"]), sampling)
         shared.write_json(place / "transformer" / "config.json", _described(net.config))
-        state = {key: value for key, value in net.state_dict().items() if key != "null"}
+        state = {key: value for key, value in net.state_dict().items() if key != "unsaid"}
         named = renamed(state, lines(net.config), OURS, DIFFUSERS, str(place))
         shared.write_part(place / "transformer" / shared.WEIGHTS, named, dtype)
         shared.write_vae(place, codec, dtype)
@@ -190,15 +190,15 @@ class PixArt:
         net = dit.without_positions(dict(state), dit.table_of(config), ORIGINAL, str(file))
         net = renamed({key: value.float() for key, value in net.items()}, lines(config), ORIGINAL, OURS, str(file))
         section = {"path": dit.TABLE, "prediction": "eps"}
-        facts = {"from": file.name, "pipeline": SIGMA if config.null > LENGTHS[ALPHA] else ALPHA}
-        length = config.null or LENGTHS[ALPHA]
+        facts = {"from": file.name, "pipeline": SIGMA if config.unsaid > LENGTHS[ALPHA] else ALPHA}
+        length = config.unsaid or LENGTHS[ALPHA]
         return _with_parts(config, net, section, parts, length, facts)
 
     def write_file(self, model: Model) -> dict[str, Tensor]:
         net = model.net
         assert isinstance(net, DiT)
-        if not net.config.null or not dit.is_original(model):
-            seen = f"{model.denoiser.path}, {model.spec['model']['prediction']}, {net.config.null} words for none"
+        if not net.config.unsaid or not dit.is_original(model):
+            seen = f"{model.denoiser.path}, {model.spec['model']['prediction']}, {net.config.unsaid} words for none"
             what = "an original PixArt says the noise and a variance, and has a caption for none"
             raise ConfigError(what, where="--to single-file", seen=seen, fix="--to diffusers")
         named = renamed(net.state_dict(), lines(net.config), OURS, ORIGINAL, "--to single-file")
@@ -231,7 +231,7 @@ def _with_parts(
     codec, autoencoder, factor = shared.read_vae(folder / "vae")
     text, files = shared.read_text(folder)
     slot: dict[str, Any] = {"kind": "text", "length": length, "masked": True, "lower": True}
-    slot |= {"silent": True} if config.null else {}
+    slot |= {"silent": True} if config.unsaid else {}
     if config.sizes:
         slot = {"kind": "joined", "parts": [slot, {"kind": "sizes"}]}
         head = "conditioner."
