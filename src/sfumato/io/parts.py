@@ -261,8 +261,8 @@ def read_text_file(
 ) -> tuple[dict[str, Tensor], dict[str, bytes]]:
     """`read_text` of a single file: the weights from there, their tokenizers from a folder of diffusers.
 
-    places: see `sfumato.io.families.encoders`. An encoder that the file lacks is taken from the folder, too. where: the
-    file, for errors.
+    places: see `sfumato.io.families.encoders`. An encoder that the file lacks is taken from the folder, too, and the
+    config of one that it has, if it is there. where: the file, for errors.
     """
     found: dict[str, Tensor] = {}
     files: dict[str, bytes] = {}
@@ -278,7 +278,10 @@ def read_text_file(
             continue
         config, weights = encoders.read(state, place, where)
         found |= _placed(text.own_names(weights, place.kind), i, len(places))
-        files[text.config_name(place.part)] = json.dumps(config, indent=2).encode()
+        told = folder / place.part / "config.json"  # knows the heads and the activation, which shapes do not tell
+        files[text.config_name(place.part)] = (
+            told.read_bytes() if told.is_file() else json.dumps(config, indent=2).encode()
+        )
         try:
             files |= text.tokenizer_files(folder, place.part)
         except OSError as error:
