@@ -55,6 +55,8 @@ def fill_weights(
     for name in own.keys() & weights.keys():
         if own[name].shape != weights[name].shape:
             faults.append(f"{name} is {list(weights[name].shape)}, not {list(own[name].shape)}")
+        elif not bool(torch.isfinite(weights[name]).all()):
+            faults.append(f"{name} is not finite")
     if faults:
         raise CheckpointError(
             f"weights do not fit the model in {len(faults)} places", where=where, seen="; ".join(sorted(faults))

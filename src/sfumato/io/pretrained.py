@@ -118,17 +118,28 @@ def codec_from(slot: Any) -> tuple[Any, dict[str, Tensor]]:
             return {**found, **rest}, state
     if (path / "vae").is_dir():
         path = path / "vae"
-    state = read_state(path)
-    prefix = next((one for one in autoencoder.PREFIXES if any(key.startswith(f"{one}decoder.") for key in state)), "")
-    state = {key.removeprefix(prefix): value.float() for key, value in state.items() if key.startswith(prefix)}
-    layout = autoencoder.layout_of(list(state), str(path))
-    if layout == DIFFUSERS:
-        state = autoencoder.modern(state)
     config = path / "config.json"
-    told = read_json(config) if config.is_file() else {}
-    shape = autoencoder.config_of(state, layout, str(path), int(told.get("norm_num_groups", 32)))
-    state = renamed(state, autoencoder.lines(shape), layout, OURS, str(path))
-    found = {
+    found, state = codec_of(read_state(path), str(path), read_json(config) if config.is_file() else {})
+    return {**found, **rest}, state
+
+
+def codec_of(
+    state: Mapping[str, Tensor], where: str, told: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The slot and the codec's state of the autoencoder among some tensors, alone or within a whole model.
+
+    where: the file, for errors. told: diffusers' config of it, for what shapes do not tell.
+    """
+    told = told or {}
+    prefix = next((one for one in autoencoder.PREFIXES if any(key.startswith(f"{one}decoder.") for key in state)), "")
+    own = {key.removeprefix(prefix): value.float() for key, value in state.items() if key.startswith(prefix)}
+    layout = autoencoder.layout_of(list(own), where)
+    if layout == DIFFUSERS:
+        own = autoencoder.modern(own)
+    shape = autoencoder.config_of(own, layout, where, int(told.get("norm_num_groups", 32)))
+    own = renamed(own, autoencoder.lines(shape), layout, OURS, where)
+    found: dict[str, Any] = {
+        "kind": LATENTS,
         "latent": shape.latent,
         "channels": list(shape.channels),
         "blocks": shape.blocks,
@@ -136,11 +147,10 @@ def codec_from(slot: Any) -> tuple[Any, dict[str, Tensor]]:
         "attention": shape.attention,
         "quant": shape.quant,
     }
-    if told.get("scaling_factor") is not None:
-        found["scale"] = float(told["scaling_factor"])
-    if told.get("shift_factor") is not None:
-        found["shift"] = float(told["shift_factor"])
-    return {**found, **rest}, {f"autoencoder.{key}": value for key, value in state.items()}
+    for ours, theirs in (("scale", "scaling_factor"), ("shift", "shift_factor")):
+        if told.get(theirs) is not None:
+            found[ours] = float(told[theirs])
+    return found, {f"autoencoder.{key}": value for key, value in own.items()}
 
 
 def _tiny(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
