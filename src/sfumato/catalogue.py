@@ -167,6 +167,8 @@ CONDITIONERS = {
     "text": "sfumato.text:Text",
 }
 FAMILIES = {"stable_diffusion": "sfumato.io.families.stable_diffusion:StableDiffusion"}
+# The names of a network's weights elsewhere, by its kind: a function of its config, for adapters (`sfumato.adapters`)
+NAME_TABLES = {"stable_unet": "sfumato.io.families.stable:lines"}
 DATA = {"scenes": "sfumato.data.scenes:Scenes", "folder": "sfumato.data.folder:Folder"}
 OPTIMIZERS = {"adamw": "sfumato.train.optim:adamw", "muon": "sfumato.train.optim:muon"}
 

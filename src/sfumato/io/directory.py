@@ -130,15 +130,20 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise CheckpointError("weights cannot be read", where=str(path), seen=str(error)) from None
 
 
-def write_weights(path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
+def write_weights(
+    path: Path,
+    weights: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """A safetensors file of some tensors, with the mode that other files have. OSError where there is no room for it.
 
-    dtype: what those of floating point are stored as; None keeps theirs.
+    dtype: what those of floating point are stored as; None keeps theirs. metadata: for its header.
     """
     path.touch()
     mode = path.stat().st_mode
     try:
-        save_file(_stored(weights, dtype), path, {"format": "pt"})
+        save_file(_stored(weights, dtype), path, {"format": "pt", **(metadata or {})})
     except SafetensorError as error:
         said = re.search(r"os error (\d+)", str(error))
         if said is None:
