@@ -22,6 +22,7 @@ from sfumato import load, load_config, train
 from sfumato.errors import Interrupted
 from sfumato.files import write_atomic
 from sfumato.metrics.scenes import evaluate
+from sfumato.overlay import MEASURED
 from sfumato.train.curves import Curve, plot
 
 HERE = Path(__file__).parent
@@ -50,6 +51,16 @@ def learning_curve(recipe: str, overrides: list[str], folder: Path, points: int,
     return rows
 
 
+def write_measured(recipe: str, row: dict[str, Any]) -> None:
+    """What `sfumato recipes` tells of a recipe."""
+    kept = json.loads(MEASURED.read_text(encoding="utf-8"))
+    kept[recipe] = {"score": row["overall"]} | {
+        name: row[name] for name in ("low", "high", "held_out", "seconds", "images")
+    }
+    kept[recipe]["machine"] = machine()
+    write_atomic(MEASURED, json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description="Score against seconds of training.")
     options.add_argument("overrides", nargs="*", help="key=value, as of sfumato train")
@@ -60,6 +71,7 @@ def main() -> None:
     options.add_argument("--results", type=Path, default=HERE / "results" / "quickstart.json")
     options.add_argument("--picture", type=Path, help="draw every curve of the results here")
     options.add_argument("--run", type=Path, default=Path("runs/benchmark-quickstart"))
+    options.add_argument("--measured", action="store_true", help="write the last row beside the recipe, as measured")
     options.add_argument("--json", action="store_true", help="print one JSON object")
     chosen = options.parse_args()
     rows = learning_curve(chosen.recipe, chosen.overrides, chosen.run, chosen.points, chosen.per_task)
@@ -72,6 +84,8 @@ def main() -> None:
     }
     chosen.results.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(chosen.results, json.dumps(kept, indent=1) + "\n")
+    if chosen.measured:
+        write_measured(chosen.recipe, rows[-1])
     if chosen.picture:
         curves = [
             Curve(name, [row["seconds"] for row in one["curve"]], [row["overall"] for row in one["curve"]])

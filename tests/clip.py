@@ -31,25 +31,25 @@ def tokenizer(folder: Path) -> Any:
     return made
 
 
-def encoder(layers: int = 2) -> Any:
-    """A text encoder for that tokenizer, every weight random."""
+def encoder(layers: int = 2, *, projected: int = 0, width: int = 12, seed: int = 4, **options: Any) -> Any:
+    """A text encoder for that tokenizer, every weight random. projected: the width of its projection, if any."""
     import transformers
 
     words = 2 * 26 + 2 + len({piece for word in WORDS for piece in _prefixes(word)})
-    made = transformers.CLIPTextModel(
-        transformers.CLIPTextConfig(
-            vocab_size=words,
-            hidden_size=12,
-            intermediate_size=24,
-            num_hidden_layers=layers,
-            num_attention_heads=3,
-            max_position_embeddings=16,
-            bos_token_id=words - 2,
-            eos_token_id=words - 1,
-            pad_token_id=words - 1,
-        )
-    )
-    return randomised(made, 4)
+    said = {
+        "vocab_size": words,
+        "hidden_size": width,
+        "intermediate_size": 24,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 3,
+        "max_position_embeddings": 16,
+        "bos_token_id": words - 2,
+        "eos_token_id": words - 1,
+        "pad_token_id": words - 1,
+        "projection_dim": projected or 512,
+    }
+    kind = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
+    return randomised(kind(transformers.CLIPTextConfig(**{**said, **options})), seed)
 
 
 def _prefixes(word: str) -> list[str]:

@@ -165,6 +165,7 @@ CONDITIONERS = {
     "prompts": "sfumato.conditioners:Prompts",
     "joined": "sfumato.conditioners:Joined",
     "text": "sfumato.text:Text",
+    "texts": "sfumato.text:Texts",
 }
 FAMILIES = {"stable_diffusion": "sfumato.io.families.stable_diffusion:StableDiffusion"}
 # The names of a network's weights elsewhere, by its kind: a function of its config, for adapters (`sfumato.adapters`)

@@ -33,10 +33,12 @@ class Conditioner(nn.Module):
     """The base of all conditioners.
 
     fields: the raw fields it reads. context_dim, pooled_dim, classes: what its answers hold, 0 where they do not.
+    kept: those of the fields that tell of the picture and not of what it shows, and so stay where nothing is said.
     notes: what a person should know of the data that it was prepared for.
     """
 
     fields: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     context_dim = pooled_dim = classes = 0
 
@@ -47,6 +49,13 @@ class Conditioner(nn.Module):
         """The absence of a condition, n times."""
         cond: Cond = self([{}] * n)
         return cond
+
+    def of_size(self, size: tuple[int, int]) -> None:
+        """Told the height and width of the model's pictures, when the model is built."""
+
+    def sized(self, raw: Sequence[Raw], size: tuple[int, int]) -> list[Raw]:
+        """The raw conditions of pictures of another (height, width) than the model's, where that has to be told."""
+        return list(raw)
 
     def check(self, raw: Sequence[Raw]) -> None:
         """Raises DataError for what could not be understood, naming it. Called before anything is computed."""
@@ -278,6 +287,7 @@ class Joined(Conditioner):
         self.parts = nn.ModuleList(parts)
 
     fields = property(lambda self: tuple(field for part in self.parts for field in part.fields))  # type: ignore[assignment]
+    kept = property(lambda self: tuple(field for part in self.parts for field in part.kept))  # type: ignore[assignment]
     context_dim = property(lambda self: max(part.context_dim for part in self.parts))  # type: ignore[assignment]
     pooled_dim = property(lambda self: max(part.pooled_dim for part in self.parts))  # type: ignore[assignment]
     classes = property(lambda self: max(part.classes for part in self.parts))  # type: ignore[assignment]
@@ -295,6 +305,15 @@ class Joined(Conditioner):
                 )
             answers |= cond
         return answers
+
+    def of_size(self, size: tuple[int, int]) -> None:
+        for part in self._parts():
+            part.of_size(size)
+
+    def sized(self, raw: Sequence[Raw], size: tuple[int, int]) -> list[Raw]:
+        for part in self._parts():
+            raw = part.sized(raw, size)
+        return list(raw)
 
     def check(self, raw: Sequence[Raw]) -> None:
         for part in self._parts():
@@ -334,10 +353,18 @@ class EncoderBlock(nn.Module):
         return out
 
 
-def dropped(raw: Sequence[Raw], rate: float, rng: Generator) -> list[Raw]:
-    """The raw conditions, each replaced by the null condition with probability `rate` (Ho & Salimans 2022)."""
+def dropped(raw: Sequence[Raw], rate: float, rng: Generator, kept: Sequence[str] = ()) -> list[Raw]:
+    """The raw conditions, each replaced by the null condition with probability `rate` (Ho & Salimans 2022).
+
+    kept: a conditioner's fields that stay.
+    """
     keep = torch.rand(len(raw), generator=rng, dtype=torch.float64) >= rate
-    return [one if kept else {} for one, kept in zip(raw, keep.tolist(), strict=True)]
+    return [one if stays else silent(one, kept) for one, stays in zip(raw, keep.tolist(), strict=True)]
+
+
+def silent(raw: Raw, kept: Sequence[str]) -> dict[str, object]:
+    """The null condition of one picture: of its fields those that are kept."""
+    return {name: raw[name] for name in kept if name in raw}
 
 
 PAD, UNKNOWN = "[pad]", "[unknown]"

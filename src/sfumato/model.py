@@ -88,6 +88,8 @@ def build_model(spec: Mapping[str, Any], source: Any = None, files: Mapping[str,
     elif conditioner is not None and source is not None:
         conditioner.prepare(source)
     height, width = spec["size"]
+    if isinstance(conditioner, Conditioner):
+        conditioner.of_size((int(height), int(width)))
     channels, inner_height, inner_width = codec.shape(height, width)
     known = {"size": (inner_height, inner_width), "in_channels": channels}
     known |= {name: getattr(conditioner, name, 0) for name in FILLED_IN[1:]}

@@ -5,6 +5,7 @@ the new kind does not have, so that `data.kind=folder data.path=DIR` keeps a rec
 is remembered, so that an error can say it.
 """
 
+import json
 import re
 from collections.abc import Hashable, Iterable, Mapping
 from contextlib import suppress
@@ -21,14 +22,19 @@ from sfumato.names import spelled_out
 from sfumato.registry import Problem, options_of, target_of
 
 RECIPES = Path(__file__).parent / "recipes"
+MEASURED = RECIPES / "measured.json"  # written by benchmarks/quickstart.py --measured
 
 
 class Recipe(NamedTuple):
-    """A configuration that comes with the library: its name, its file, and its first line of comment."""
+    """A configuration that comes with the library: its name, its file, and its first line of comment.
+
+    measured: what came of training it once, with the machine; None where nobody has.
+    """
 
     name: str
     path: Path
     summary: str
+    measured: Mapping[str, Any] | None = None
 
 
 class Loaded(NamedTuple):
@@ -40,10 +46,11 @@ class Loaded(NamedTuple):
 
 def recipes() -> list[Recipe]:
     """The recipes of the library, by name."""
+    measured: dict[str, Any] = json.loads(MEASURED.read_text(encoding="utf-8"))
     found = []
     for path in sorted(RECIPES.glob("*.yaml")):
         first = path.read_text(encoding="utf-8").splitlines()[0]
-        found.append(Recipe(path.stem, path, first.lstrip("# ").strip()))
+        found.append(Recipe(path.stem, path, first.lstrip("# ").strip(), measured.get(path.stem)))
     return found
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sfumato import __version__
 from sfumato.catalogue import build
-from sfumato.conditioners import Raw
+from sfumato.conditioners import Raw, silent
 from sfumato.data.picture import Image
 from sfumato.denoiser import Cond
 from sfumato.errors import ConfigError, DataError, MemoryShortage, nearest
@@ -198,10 +198,10 @@ class Pipeline:
         shape = self.model.codec.shape(*order.size)
         noise, path = SeededNoise.of(order.seeds), self.model.denoiser.path
         with torch.inference_mode(), self._autocast():
-            cond = self.model.cond(order.raw)
-            n = len(order.raw)
             guide = order.settings.guide(
-                cond, lambda: self._null(n, order.negative), lambda prompt: self.model.cond([self._raw(prompt)] * n)
+                self._cond(order.raw, order.size),
+                lambda: self._instead(order, order.negative or {}),
+                lambda prompt: self._instead(order, self._raw(prompt)),
             )
         x, denoise = (
             noise(torch.empty(len(order.raw), *shape, device=self.device)),
@@ -273,8 +273,14 @@ class Pipeline:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, DTYPES[self.precision])
 
-    def _null(self, n: int, negative: Raw | None) -> Cond:
-        return self.model.cond([negative or {}] * n)
+    def _cond(self, raw: Sequence[Raw], size: tuple[int, int]) -> Cond:
+        conditioner = self.model.conditioner
+        return {} if conditioner is None else self.model.cond(conditioner.sized(raw, size))
+
+    def _instead(self, order: Order, raw: Raw) -> Cond:
+        """Something else said of the same pictures."""
+        kept = () if self.model.conditioner is None else self.model.conditioner.kept
+        return self._cond([{**silent(one, kept), **raw} for one in order.raw], order.size)
 
     def _order(
         self,

@@ -134,7 +134,7 @@ def test_recipes_are_listed(sfumato: Command) -> None:
         assert name in outcome.out
     rows = sfumato("recipes", "--json").data
     assert {row["name"] for row in rows} == {recipe.name for recipe in overlay.recipes()}
-    assert all(set(row) == {"name", "summary", "path"} and Path(row["path"]).is_file() for row in rows)
+    assert all(set(row) == {"name", "summary", "path", "measured"} and Path(row["path"]).is_file() for row in rows)
 
 
 def test_a_reader_who_has_read_enough_is_no_error(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from sfumato.cli.data import data
 from sfumato.cli.doctor import doctor
 from sfumato.cli.eval import evaluate
 from sfumato.cli.inspect import inspect
+from sfumato.cli.plan import plan
 from sfumato.cli.recipes import recipes
 from sfumato.cli.sample import sample
 from sfumato.cli.train import train
@@ -36,6 +37,7 @@ app.command(name="train")(train)
 app.command(name="sample")(sample)
 app.command(name="eval")(evaluate)
 app.command(name="recipes")(recipes)
+app.command(name="plan")(plan)
 app.command(name="convert")(convert)
 app.command(name="inspect")(inspect)
 app.add_typer(data, name="data")

@@ -10,13 +10,16 @@ def recipes(json: bool = typer.Option(False, "--json", help="As JSON.")) -> None
     """List the recipes: configurations that work as they are, and to extend."""
     from sfumato.overlay import recipes as found
 
-    rows = [{"name": recipe.name, "summary": recipe.summary, "path": str(recipe.path)} for recipe in found()]
+    rows = [
+        {"name": one.name, "summary": one.summary, "path": str(one.path), "measured": one.measured} for one in found()
+    ]
     if json:
         as_json(rows)
         return
-    table = Table("recipe", "what it makes", box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for row in rows:
-        table.add_row(row["name"], row["summary"])
+    table = Table("recipe", "what it makes", "score", box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for one in found():
+        score = (one.measured or {}).get("score")
+        table.add_row(one.name, one.summary, "" if score is None else f"{score:.2f}")
     out.print(table)
     out.print(
         "\nsfumato train RECIPE                  trains one"

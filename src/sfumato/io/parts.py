@@ -12,15 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfumato import text
 from sfumato.codecs import Latents
 from sfumato.errors import CheckpointError, ConfigError
 from sfumato.io.directory import write_weights
 from sfumato.io.families import autoencoder
 from sfumato.io.keymap import DIFFUSERS, OURS, renamed
-from sfumato.io.pretrained import codec_from, read_json
+from sfumato.io.pretrained import codec_from, read_json, read_state
 from sfumato.model import Model
 from sfumato.names import sampler_named
 from sfumato.paths import Tabulated
+from sfumato.text import Text, Texts, files_of
 
 INDEX = "model_index.json"
 OWN = "sfumato.json"  # what a folder of diffusers has no place for, where this library wrote it
@@ -200,6 +202,42 @@ def short(value: float) -> float:
 
 def _same(one: float, other: float) -> bool:
     return bool(torch.tensor(one, dtype=torch.float32) == torch.tensor(other, dtype=torch.float32))
+
+
+# Text encoders
+
+
+def read_text(folder: Path, parts: Sequence[str] = ("text_encoder",)) -> tuple[dict[str, Tensor], dict[str, bytes]]:
+    """The text encoders of a folder: their weights, and the files that travel.
+
+    parts: the subfolders. One is read for the conditioner `text`, several, in their order, for `texts`.
+    """
+    state: dict[str, Tensor] = {}
+    found: dict[str, bytes] = {}
+    for i, part in enumerate(parts):
+        head = "conditioner.encoder." if len(parts) == 1 else f"conditioner.parts.{i}.encoder."
+        files = files_of(folder, part)
+        weights = text.read(folder, part, files, read_state(folder / part))
+        state |= {f"{head}{key}": value for key, value in weights.items()}
+        found |= files
+    return state, found
+
+
+def write_text(place: Path, conditioner: Text | Texts, dtype: torch.dtype) -> None:
+    """Text encoders and tokenizers, each in its subfolder, as `transformers` and diffusers keep them."""
+    for one in [conditioner] if isinstance(conditioner, Text) else conditioner.texts:
+        named = text.published(one.encoder.state_dict(), one.kind)
+        write_part(place / one.part / "model.safetensors", named, dtype)
+        for name, data in text.in_folder(one.files(), one.part).items():
+            (place / name).parent.mkdir(exist_ok=True)
+            (place / name).write_bytes(data)
+
+
+def tokenizer_length(folder: Path, part: str = "tokenizer") -> int:
+    """How many pieces of words a folder's tokenizer fills up to: 77, unless it says another sensible number."""
+    path = folder / part / "tokenizer_config.json"
+    longest = read_json(path).get("model_max_length", 77) if path.is_file() else 77
+    return int(longest) if isinstance(longest, (int, float)) and 3 <= longest <= 512 else 77
 
 
 # Sizes

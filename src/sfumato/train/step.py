@@ -62,7 +62,8 @@ class Stepper:
     def loss(self, batch: Batch, step: int, micro: int) -> Loss:
         """The objective on one micro-batch, with this address' times, noise and dropped conditions."""
         seed = self.config.seed
-        raw = dropped(batch.fields, self.config.condition_dropout, generator(seed, "condition", step, micro))
+        kept = getattr(self.model.conditioner, "kept", ())
+        raw = dropped(batch.fields, self.config.condition_dropout, generator(seed, "condition", step, micro), kept)
         x0 = encoded(self.model, batch.images, self.device)
         with self.autocast():
             return self.objective(self.model.denoiser, x0, self.model.cond(raw), generator(seed, "noise", step, micro))

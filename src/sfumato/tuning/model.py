@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from sfumato.conditioners import Raw
+from sfumato.conditioners import Raw, silent
 from sfumato.data.order import indices
 from sfumato.guidance import guided
 from sfumato.overlay import run_data
@@ -26,7 +26,8 @@ def problems(
         part = raw[start : start + batch]
         with torch.no_grad():
             cond = pipeline.model.cond(part)
-            null = pipeline.model.cond([{}] * len(part))
+            kept = () if pipeline.model.conditioner is None else pipeline.model.conditioner.kept
+            null = pipeline.model.cond([silent(one, kept) for one in part])
         guide = settings.guide(cond, lambda null=null: null)  # type: ignore[misc]
         noise = torch.randn(len(part), *shape, generator=rng).to(pipeline.device) * top
         found.append(Problem(noise, guided(pipeline.model, path, guide)))

@@ -17,7 +17,7 @@ from sfumato.io.pretrained import read_json, read_state
 from sfumato.model import Model
 from sfumato.nets.stable_unet import StableUNet
 from sfumato.paths import Tabulated
-from sfumato.text import CONFIG, TOKENIZER, Text, files_of
+from sfumato.text import Text
 
 SHAPE = ("in_channels", "out_channels", "channels", "blocks", "depths", "middle", "heads", "context_dim")
 MORE = ("pooled_dim", "guidance_dim", "linear", "groups")
@@ -37,7 +37,7 @@ class StableDiffusion:
             raise CheckpointError(
                 "a U-Net that takes more than latents (inpainting, say)", where=str(folder), seen=seen
             )
-        text, files = _text(folder)
+        text, files = shared.read_text(folder)
         section = {
             "path": path,
             "prediction": prediction,
@@ -45,7 +45,7 @@ class StableDiffusion:
             "scale_input": None,
             "net": shape,
             "codec": codec,
-            "conditioner": {"kind": "text", "length": _tokenizer_length(folder)},
+            "conditioner": {"kind": "text", "length": shared.tokenizer_length(folder)},
         }
         size = [int(side) * factor for side in shared.pair(shape["size"])]
         sampling = {"steps": 50, "guidance": 7.5, **sampling}
@@ -68,13 +68,7 @@ class StableDiffusion:
         shared.write_table(place, path, str(model.spec["model"]["prediction"]))
         write_unet(place / "unet", net, dtype)
         shared.write_vae(place, codec, dtype)
-        named = {f"text_model.{key}": value for key, value in text.encoder.state_dict().items()}
-        shared.write_part(place / "text_encoder" / "model.safetensors", named, dtype)
-        for name, data in text.files().items():
-            there = place / "text_encoder" / "config.json" if name == CONFIG else None
-            there = there or place / "tokenizer" / name.removeprefix(TOKENIZER)
-            there.parent.mkdir(exist_ok=True)
-            there.write_bytes(data)
+        shared.write_text(place, text, dtype)
 
     def knows(self, keys: Collection[str]) -> bool:
         return False
@@ -154,20 +148,3 @@ def _unet(net: StableUNet) -> dict[str, Any]:
         "up_block_types": [f"{one}UpBlock2D" for one in reversed(cross)],
         "use_linear_projection": config.linear,
     }
-
-
-# The text encoder
-
-
-def _text(folder: Path) -> tuple[dict[str, Tensor], dict[str, bytes]]:
-    """The text encoder's weights under the names that its library gives them now, and the files that travel."""
-    state = read_state(folder / "text_encoder")
-    plain = {key.removeprefix("text_model."): value.float() for key, value in state.items()}
-    kept = {f"conditioner.encoder.{key}": value for key, value in plain.items() if not key.endswith("position_ids")}
-    return kept, files_of(folder)
-
-
-def _tokenizer_length(folder: Path) -> int:
-    path = folder / "tokenizer" / "tokenizer_config.json"
-    longest = read_json(path).get("model_max_length", 77) if path.is_file() else 77
-    return int(longest) if isinstance(longest, (int, float)) and 3 <= longest <= 512 else 77

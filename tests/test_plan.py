@@ -1,0 +1,73 @@
+"""`sfumato plan`: what is counted is what a real pass does."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from sfumato.cli import main
+from sfumato.errors import ConfigError
+from sfumato.model import build_model
+from sfumato.overlay import load_config, recipes, resolved
+from sfumato.plan import plan
+
+DIT_XL = (
+    "model.net={kind: dit, patch: 2, dim: 1152, depth: 28, heads: 16}",
+    "model.conditioner={kind: labels, classes: 1000}",
+    "model.codec={kind: latents, weights: nowhere}",
+    "data.size=256",
+    "batch=256",
+    "precision=bf16",
+)
+
+
+def test_what_is_counted_is_what_a_real_pass_takes() -> None:
+    config = load_config("quickstart", ["precision=fp32", "batch=1"]).config
+    told, section = plan(config), resolved(config)
+    real = build_model({"model": section["model"], "size": [32, 32], "sampling": section["sampling"]})
+    kept: dict[int, int] = {}
+
+    def pack(value: torch.Tensor) -> torch.Tensor:
+        if not isinstance(value, torch.nn.Parameter):
+            kept[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        return value
+
+    counter = FlopCounterMode(display=False)
+    plain = sdpa_kernel(SDPBackend.MATH)  # the counter does not know the CPU's fused attention
+    with plain, counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        real.net.train()(
+            torch.randn(1, 3, 32, 32), torch.zeros(1), context=torch.randn(1, 14, 128), pooled=torch.randn(1, 128)
+        )
+    assert told.flops == counter.get_total_flops()
+    assert told.activations == pytest.approx(sum(kept.values()), rel=0.05)
+    assert told.images == config.steps and told.run_flops == 3 * told.flops * told.images
+    learning = sum(p.numel() for p in real.net.parameters())
+    assert told.parameters >= learning and told.states == 12 * told.parameters  # gradients, momentum, one average
+
+
+def test_published_sizes_without_published_weights() -> None:
+    """DiT-XL/2 at 256: 675 M parameters with its table of positions, and 118.6 GMACs (Peebles & Xie 2023)."""
+    told = plan(load_config("tiny", DIT_XL).config, "h200")
+    assert told.parameters + 256 * 1152 == pytest.approx(675.1e6, rel=1e-3)
+    assert told.flops / 2 == pytest.approx(118.6e9, rel=2e-3)
+    assert told.frozen == 83_653_863  # the autoencoder's
+    assert told.hours == pytest.approx(told.run_flops / (0.4 * 989e12) / 3600)
+
+
+@pytest.mark.parametrize("recipe", [one.name for one in recipes()])
+def test_every_recipe_can_be_planned(recipe: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["plan", recipe, "--device", "h100", "--json"])
+    said = json.loads(capsys.readouterr().out)
+    assert left.value.code == 0 and said["parameters"] > 0 and said["flops"] > 0 and said["hours"] > 0
+
+
+def test_what_is_not_known_is_named() -> None:
+    config = load_config("tiny").config
+    with pytest.raises(ConfigError, match="h200"):
+        plan(config, "h20")
+    with pytest.raises(ConfigError, match="share"):
+        plan(config, share=0)
