@@ -72,7 +72,9 @@ def _lokr(leaves: Mapping[str, Tensor], shape: tuple[int, ...], alpha: float | N
     scale = (alpha or rank) / rank if rank else 1.0
     if not _is_smaller(first[0].shape[1] * second[0].shape[1], shape):
         return _whole(torch.kron(_product(first), _product(second)), shape, scale, length)
-    (up1, down1), (up2, down2) = (half if len(half) == 2 else (*half, torch.eye(half[0].shape[1])) for half in (first, second))
+    (up1, down1), (up2, down2) = (
+        half if len(half) == 2 else (*half, torch.eye(half[0].shape[1])) for half in (first, second)
+    )
     down = torch.kron(down1, down2)
     return Factors(down.reshape(len(down), *shape[1:]), torch.kron(up1, up2), scale * len(down), length)
 

@@ -41,6 +41,11 @@ class Part:
     layouts: tuple[str, ...] = (DIFFUSERS, ORIGINAL)
     nicknames: tuple[str, ...] = field(default=())  # further beginnings of keys
 
+    @property
+    def is_text(self) -> bool:
+        """Whether it is a text encoder of `transformers`."""
+        return self.name.startswith(TEXT)
+
     @cached_property
     def beginnings(self) -> tuple[str, ...]:
         """What keys of this part begin with, in any dialect; the longest first."""
@@ -116,7 +121,9 @@ def text_part(home: str, name: str, module: nn.Module | None, shapes: Mapping[st
     lines = [line(ours=ours, diffusers=ours if is_t5 else wrapped[ours], original=ours) for ours in shapes]
     kind = "t5" if is_t5 else "projected" if name.endswith("_2") else "clip"
     kohya = (KOHYA_TEXT[kind], *(("lora_te",) if name == TEXT else ()))
-    comfy = tuple(f"{start}{COMFY_TEXT[kind]}.{end}" for start in ("text_encoders.", "") for end in ("transformer.", ""))
+    comfy = tuple(
+        f"{start}{COMFY_TEXT[kind]}.{end}" for start in ("text_encoders.", "") for end in ("transformer.", "")
+    )
     return Part(home, name, kohya, lines, shapes, DIFFUSERS, module, nicknames=comfy)
 
 

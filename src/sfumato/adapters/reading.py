@@ -228,5 +228,3 @@ def _filled(one: Factors, rows: int) -> Factors:
     """The change of the first rows of a layer as one of the whole layer."""
     up: Tensor = torch.cat([one.up, one.up.new_zeros(rows - len(one.up), one.up.shape[1])])
     return Factors(one.down, up, one.alpha, one.magnitude)
-
-

@@ -73,22 +73,23 @@ def _diffusers(
         changes = moved(adapter.of(part.home), part, OURS, DIFFUSERS, where)
         state |= {f"{part.name}.{key}": value for key, value in _peft_keys(changes).items()}
         if changes:
-            told |= {f"{part.name}.{key}": value for key, value in _config(changes).items()}
+            told |= {f"{part.name}.{key}": value for key, value in _config(changes, part).items()}
     return state, {HEADER: json.dumps(told, indent=2, sort_keys=True), **_base(base)}
 
 
-def _write_peft(
-    place: Path, adapter: Adapter, parts: Sequence[Part], dtype: torch.dtype, base: str | None
-) -> None:
+def _write_peft(place: Path, adapter: Adapter, parts: Sequence[Part], dtype: torch.dtype, base: str | None) -> None:
     changed = [part for part in parts if adapter.of(part.home)]
     for part in changed:
         folder = place / part.name if len(changed) > 1 else place
         folder.mkdir(exist_ok=True)
-        changes = moved(adapter.of(part.home), part, OURS, DIFFUSERS, str(place))
+        # peft goes by the names of the module itself, which of a text encoder are ours
+        changes = adapter.of(part.home)
+        if not part.is_text:
+            changes = moved(changes, part, OURS, DIFFUSERS, str(place))
         state = {f"{PEFT}{key}": value for key, value in _peft_keys(changes).items()}
         write_weights(folder / WEIGHTS, state, dtype)
         more = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": base, "bias": "none"}
-        said = {**_config(changes), **more, "inference_mode": True, "fan_in_fan_out": False}
+        said = {**_config(changes, part), **more, "inference_mode": True, "fan_in_fan_out": False}
         (folder / CONFIG).write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -109,16 +110,21 @@ def _raised(up: Tensor, down: Tensor) -> Tensor:
     return up.reshape(*up.shape, *(1,) * (down.ndim - 2))
 
 
-def _config(changes: Mapping[str, Factors]) -> dict[str, Any]:
-    """peft's description: the most frequent rank and alpha, and the layers that have others."""
+def _config(changes: Mapping[str, Factors], part: Part) -> dict[str, Any]:
+    """peft's description: the most frequent rank and alpha, and the layers that have others.
+
+    transformers 4 begins the names of CLIP's layers with what transformers 5 does not; their ends are the same in both.
+    """
+    start = "" if part.is_text else "^"
+    changes = {name.removeprefix("text_model.") if part.is_text else name: one for name, one in changes.items()}
     ranks = {name: one.rank for name, one in changes.items()}
     alphas = {name: whole(one.alpha) for name, one in changes.items()}
     rank, alpha = (Counter(found.values()).most_common(1)[0][0] for found in (ranks, alphas))
     return {
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank},
-        "alpha_pattern": {f"^{re.escape(name)}": a for name, a in alphas.items() if a != alpha},
+        "rank_pattern": {start + re.escape(name): r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {start + re.escape(name): a for name, a in alphas.items() if a != alpha},
         "target_modules": sorted(changes),
         "use_dora": any(one.magnitude is not None for one in changes.values()),
     }
@@ -133,7 +139,7 @@ def _kohya(
     adapter: Adapter, parts: Sequence[Part], base: str | None, where: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     state: dict[str, Tensor] = {}
-    several = sum(part.name.startswith("text_encoder") for part in parts) > 1
+    several = sum(part.is_text for part in parts) > 1
     for part in parts:
         first = part.kohya[0]
         if not several and "lora_te" in part.kohya:
