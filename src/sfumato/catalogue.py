@@ -167,7 +167,10 @@ CONDITIONERS = {
     "text": "sfumato.text:Text",
     "texts": "sfumato.text:Texts",
 }
-FAMILIES = {"stable_diffusion": "sfumato.io.families.stable_diffusion:StableDiffusion"}
+FAMILIES = {
+    "stable_diffusion": "sfumato.io.families.stable_diffusion:StableDiffusion",
+    "sdxl": "sfumato.io.families.sdxl:SDXL",
+}
 # The names of a network's weights elsewhere, by its kind: a function of its config, for adapters (`sfumato.adapters`)
 NAME_TABLES = {"stable_unet": "sfumato.io.families.stable:lines"}
 DATA = {"scenes": "sfumato.data.scenes:Scenes", "folder": "sfumato.data.folder:Folder"}

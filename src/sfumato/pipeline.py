@@ -5,6 +5,7 @@ its batch. Rows of one batch go through the network together, all branches of th
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -208,7 +209,7 @@ class Pipeline:
             guided(self._forward, path, guide, times, self._variant),
         )
         if order.begin is None:
-            x = x * float(path.sigma(times[:1].to("cpu", torch.float64)))
+            x = x * _spread(path, times[0])
         else:
             with torch.inference_mode():
                 known = order.begin.encoded(self.model.codec, self.device)
@@ -413,6 +414,14 @@ def model_folder(path: str | Path) -> Path:
     """The model directory that is meant: a run's `model/`, or the folder itself."""
     folder = Path(path).expanduser()
     return folder / "model" if (folder / "model" / "model.json").is_file() else folder
+
+
+def _spread(path: Any, t: Tensor) -> float:
+    """The standard deviation of x_t for data of unit variance: what a grid begins with that begins below pure noise,
+    as the "leading" ones of published models do, and sigma itself at t = 1 but for a table's rest of signal.
+    """
+    t = t.to("cpu", torch.float64)
+    return math.hypot(float(path.alpha(t)), float(path.sigma(t)))
 
 
 def _seeds(seeds: Any, n: int) -> list[int]:

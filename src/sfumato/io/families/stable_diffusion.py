@@ -18,6 +18,7 @@ from sfumato.model import Model
 from sfumato.nets.stable_unet import StableUNet
 from sfumato.paths import Tabulated
 from sfumato.text import Text
+from sfumato.text.joined import WAVES
 
 SHAPE = ("in_channels", "out_channels", "channels", "blocks", "depths", "middle", "heads", "context_dim")
 MORE = ("pooled_dim", "guidance_dim", "linear", "groups")
@@ -126,11 +127,13 @@ def write_unet(folder: Path, net: StableUNet, dtype: torch.dtype) -> None:
 
 def _unet(net: StableUNet) -> dict[str, Any]:
     config = net.config
-    if config.pooled_dim:
-        seen = "a U-Net that is told a vector"
-        raise ConfigError("SDXL is not written yet", where="--to diffusers", seen=seen, fix="--to sfumato")
     cross = ["CrossAttn" if depth else "" for depth in config.depths]
-    return {
+    told = {  # SDXL's: the pooled prompt, and six sizes as sinusoids
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": WAVES,
+        "projection_class_embeddings_input_dim": config.pooled_dim,
+    }
+    said = {
         "_class_name": "UNet2DConditionModel",
         "act_fn": "silu",
         "attention_head_dim": list(config.heads),  # which means heads, by mistake
@@ -148,3 +151,4 @@ def _unet(net: StableUNet) -> dict[str, Any]:
         "up_block_types": [f"{one}UpBlock2D" for one in reversed(cross)],
         "use_linear_projection": config.linear,
     }
+    return said | (told if config.pooled_dim else {})
