@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sfumato.adapters.training import begin
 from sfumato.config import Config
 from sfumato.errors import ConfigError, nearest
 from sfumato.io.fill import unfilled
 from sfumato.model import Model, build_model
 from sfumato.overlay import resolved
+from sfumato.train.start import read_start, with_start
 
 # Peak products in bfloat16, dense, per second, from the makers' data sheets; memory in bytes.
 DEVICES: dict[str, tuple[float, float]] = {
@@ -103,14 +105,20 @@ def plan(config: Config, device: str | None = None, share: float = 0.4) -> Plan:
 
 def built(config: Config) -> Model:
     """The model of a configuration, without memory for its parameters, data or other people's weights."""
-    section = resolved(config)
+    section, files = resolved(config), None
+    if config.start is not None:
+        start = read_start(config.start)
+        section, files = resolved(with_start(config, start)), start.files
     model = dict(section["model"])
     model["codec"] = _alone(model["codec"])
     model["conditioner"] = _alone(model["conditioner"])
     side = section["data"].get("size", 32)
     size = [side, side] if isinstance(side, int) else list(side)
     with torch.random.fork_rng(devices=[]), unfilled():
-        return build_model({"model": model, "size": size, "sampling": section["sampling"]})
+        made = build_model({"model": model, "size": size, "sampling": section["sampling"]}, files=files)
+        if config.lora is not None:
+            begin(made, config.lora)
+    return made
 
 
 def _alone(slot: Any) -> Any:

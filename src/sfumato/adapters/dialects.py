@@ -1,9 +1,9 @@
 """What others call the tensors of an adapter: from the keys of a file to layers with their factors.
 
-A key is the name of a layer and what of it a tensor is. Dialects differ in both: `lora_A` and `lora_B` (peft), `lora.down`
-and `lora.up` or `processor.to_q_lora.down` (diffusers before), `lora_down`, `lora_up`, `alpha` and `dora_scale` after a
-name with underscores (kohya), `processor.qkv_lora1.down` (XLabs), `hada_` and `lokr_` (LyCORIS). Here the second half is
-understood; whose names the first half are is for the tables to say (`sfumato.adapters.reading`).
+A key is the name of a layer and what of it a tensor is. Dialects differ in both: `lora_A` and `lora_B` (peft),
+`lora.down` and `lora.up` or `processor.to_q_lora.down` (diffusers before), `lora_down`, `lora_up`, `alpha` and
+`dora_scale` after a name with underscores (kohya), `processor.qkv_lora1.down` (XLabs), `hada_` and `lokr_` (LyCORIS).
+Here the second half is understood; whose names the first half are is for the tables to say (`adapters.reading`).
 """
 
 import re
@@ -46,7 +46,7 @@ Layers = dict[str, dict[str, Tensor]]
 
 
 def layers_in(state: Mapping[str, Tensor], where: str) -> Layers:
-    """The tensors of a file by layer, and by what they are. CheckpointError that lists keys which are none of an adapter."""
+    """The tensors of a file by layer, and by what they are. CheckpointError lists keys that are none of an adapter."""
     found: Layers = {}
     odd = []
     for key, value in state.items():
@@ -84,7 +84,7 @@ def of_xlabs(layer: str) -> str | None:
 
 
 def factors_of(leaves: Mapping[str, Tensor], shape: tuple[int, ...], alpha: float | None, where: str) -> Factors:
-    """The factors of one layer. shape: of its weight. alpha: what a description says, where the file has no tensor of it."""
+    """The factors of one layer. shape: of its weight. alpha: of a description, where the file has no tensor of it."""
     if any(name in leaves for name in lycoris.LEAVES):
         return lycoris.factors_of({**leaves, **_length(leaves, where)}, shape, where)
     if missing := [name for name in ("down", "up") if name not in leaves]:

@@ -8,6 +8,7 @@ bit for bit. A DoRA's change is that of its formula on the model's own weights, 
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +16,9 @@ from torch import Tensor, nn
 
 from sfumato.adapters.factors import Factors
 from sfumato.adapters.parts import Part, parts_of
-from sfumato.adapters.reading import Adapter
+from sfumato.adapters.reading import Adapter, read_adapter
 from sfumato.errors import ConfigError, MachineError, nearest
 from sfumato.model import Model
-
-TRAINED = "trained"  # the adapter of a run, as peft calls it
 
 
 def peft() -> Any:
@@ -36,16 +35,6 @@ def peft() -> Any:
 # Injection
 
 
-def inject_new(
-    module: nn.Module, layers: Sequence[str], *, rank: int, alpha: float, dropout: float = 0.0, dora: bool = False
-) -> None:
-    """New, trainable factors for some layers of a module, under the name `TRAINED`; all else of it is frozen.
-
-    A is random, from torch's global generator, and B is zero, so that nothing changes yet.
-    """
-    _inject(module, TRAINED, layers, r=rank, lora_alpha=alpha, lora_dropout=dropout, use_dora=dora)
-
-
 def inject(module: nn.Module, name: str, changes: Mapping[str, Factors]) -> list[str]:
     """Known factors for layers of a module; the names under which peft has them: DoRAs are a group of their own."""
     made = []
@@ -57,13 +46,14 @@ def inject(module: nn.Module, name: str, changes: Mapping[str, Factors]) -> list
         ranks = {one.rank for one in some.values()}
         pattern = {_any([key for key, one in some.items() if one.rank == r]): r for r in ranks}
         with torch.random.fork_rng(devices=[]):  # what is initialised is overwritten: the caller's draws stay
-            _inject(module, made[-1], list(some), r=1, lora_alpha=1, rank_pattern=pattern, use_dora=dora)
+            inject_as(module, made[-1], list(some), r=1, lora_alpha=1, rank_pattern=pattern, use_dora=dora)
         for layer, one in some.items():
             _fill(module.get_submodule(layer), made[-1], one)
     return made
 
 
-def _inject(module: nn.Module, name: str, layers: Sequence[str], **options: Any) -> None:
+def inject_as(module: nn.Module, name: str, layers: Sequence[str], **options: Any) -> None:
+    """New factors for exactly these layers. options: of peft's LoraConfig."""
     library = peft()
     config = library.LoraConfig(target_modules=_any(layers, anchored=False), **options)
     training = module.training
@@ -97,16 +87,12 @@ def wrapped(module: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, one
 
 
-def collected(module: nn.Module, name: str = TRAINED) -> dict[str, Factors]:
-    """The factors of one adapter, as they are in the module now, copied."""
-    found = {}
-    for layer_name, layer in wrapped(module):
-        if name in layer.lora_A:
-            down, up = (half[name].weight.detach().clone() for half in (layer.lora_A, layer.lora_B))
-            lengths = layer.lora_magnitude_vector
-            length = lengths[name].weight.detach().clone().flatten() if name in lengths else None
-            found[layer_name] = Factors(down, up.flatten(1), float(layer.lora_alpha[name]), length)
-    return found
+def factors_in(layer: Any, name: str) -> Factors:
+    """The factors of an adapter of a wrapped layer, which are its parameters themselves."""
+    lengths = layer.lora_magnitude_vector
+    length = lengths[name].weight.detach().flatten() if name in lengths else None
+    down, up = (half[name].weight.detach() for half in (layer.lora_A, layer.lora_B))
+    return Factors(down, up.flatten(1), float(layer.lora_alpha[name]), length)
 
 
 def unwrap(module: nn.Module) -> None:
@@ -117,18 +103,7 @@ def unwrap(module: nn.Module) -> None:
             setattr(module.get_submodule(parent), last, layer.base_layer)
 
 
-# Plain weights
-
-
-def plain_weights(model: Model) -> dict[str, Tensor]:
-    """Every weight of a model with a trained adapter, merged, by the name that it has in a model without."""
-    weights = {key.replace(".base_layer.", "."): value for key, value in model.weights().items() if ".lora_" not in key}
-    for part in parts_of(model):
-        assert part.module is not None
-        for layer, one in collected(part.module).items():
-            key = f"{part.home}.{layer}.weight"
-            weights[key] = (weights[key] + one.delta(weights[key])).to(weights[key].dtype)
-    return weights
+# Into the weights
 
 
 @torch.no_grad()
@@ -155,14 +130,33 @@ class Living:
     def __init__(self, model: Model) -> None:
         self.parts: list[Part] = parts_of(model)
         self.scales: dict[str, float] = {}
+        self.sources: dict[str, str] = {}  # of those that were loaded, the file
         self._inside: dict[str, list[str]] = {}  # what peft calls them
         self._kept: list[tuple[nn.Parameter, Tensor]] = []  # of merged ones: a weight, and what it was
         self._count = 0
 
     @property
+    def at_work(self) -> list[dict[str, Any]]:
+        """Name, file and scale of each that changes anything, as plain data."""
+        return [
+            {"name": name, "file": self.sources.get(name), "scale": scale}
+            for name, scale in self.scales.items()
+            if scale
+        ]
+
+    @property
     def merged(self) -> bool:
         """Whether the changes are in the weights now."""
         return bool(self._kept)
+
+    def load(self, path: str | Path, scale: float = 1.0, name: str | None = None) -> str:
+        """The adapter in a file or folder, of any dialect; its name, which is the file's unless said."""
+        path = Path(path).expanduser()
+        stem = name or (path.stem if path.is_file() else path.name)
+        adapter = read_adapter(path, self.parts)
+        self.add(stem, adapter, scale)
+        self.sources[stem] = path.name
+        return stem
 
     def add(self, name: str, adapter: Adapter, scale: float = 1.0) -> None:
         """An adapter beside the others. ConfigError for a name that is taken."""
@@ -204,6 +198,7 @@ class Living:
             for own in self._inside[name]:
                 layer.delete_adapter(own)
         del self._inside[name], self.scales[name]
+        self.sources.pop(name, None)
         for part in self.parts:
             if part.module is not None:
                 unwrap(part.module)
@@ -219,7 +214,7 @@ class Living:
             if here:
                 weight = layer.base_layer.weight
                 self._kept.append((weight, weight.detach().to("cpu", copy=True)))
-                changes = [_one(layer, own).delta(weight, scale) for own, scale in here]
+                changes = [factors_in(layer, own).delta(weight, scale) for own, scale in here]
                 weight.copy_(weight + torch.stack(changes).sum(0))
             layer.set_adapter([])
 
@@ -237,9 +232,3 @@ class Living:
         for part in self.parts:
             if part.module is not None:
                 yield from (layer for _, layer in list(wrapped(part.module)))
-
-
-def _one(layer: Any, own: str) -> Factors:
-    lengths = layer.lora_magnitude_vector
-    length = lengths[own].weight.flatten() if own in lengths else None
-    return Factors(layer.lora_A[own].weight, layer.lora_B[own].weight.flatten(1), float(layer.lora_alpha[own]), length)

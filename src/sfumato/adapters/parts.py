@@ -143,7 +143,7 @@ def _kind(net: nn.Module) -> str | None:
 
 
 def shapes_of(module: nn.Module) -> dict[str, Shape]:
-    """The weights of its linear layers and convolutions, by name; those that peft has wrapped count as what they were."""
+    """The weights of its linear layers and convolutions, by name; a layer that peft has wrapped counts as it was."""
     return {name: tuple(one.weight.shape) for name, one in layers_of(module)}
 
 

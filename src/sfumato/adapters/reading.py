@@ -84,7 +84,7 @@ class Raw:
 
 
 def read_raw(path: str | Path) -> Raw:
-    """The tensors of a file, of a folder of peft (or one for each part, in folders), or of a folder with such a file."""
+    """The tensors of a file, of a folder of peft (or of one for each part), or of a folder with such a file."""
     path = Path(path).expanduser()
     if not path.exists():
         raise CheckpointError("there is no such adapter", where=str(path), fix="a file of safetensors, or a folder")
@@ -144,7 +144,8 @@ def _header_alphas(metadata: Mapping[str, str], layers: Layers) -> dict[str, flo
     for key, value in told.items():
         part, _, name = key.partition(".")
         configs.setdefault(part, {})[name] = value
-    found, ranks = {}, _ranks(layers)
+    found: dict[str, float] = {}
+    ranks = _ranks(layers)
     for part, config in configs.items():
         inside = {name.removeprefix(f"{part}."): name for name in layers if name.startswith(f"{part}.")}
         inner = dialects.alphas(config, inside, {short: ranks[name] for short, name in inside.items()})

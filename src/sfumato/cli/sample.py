@@ -42,6 +42,9 @@ def sample(
     parts: Path | None = typer.Option(
         None, "--parts", help="For a single file: a folder of diffusers with what it lacks (a tokenizer, ...)."
     ),
+    lora: list[str] | None = typer.Option(
+        None, "--lora", help="An adapter and perhaps its scale; as often as there are some.", metavar="FILE[:SCALE]"
+    ),
     json: bool = typer.Option(False, "--json", help="Print the paths and settings as JSON."),
 ) -> None:
     """Draw pictures.
@@ -54,6 +57,8 @@ def sample(
     from sfumato.pipeline import load
 
     pipeline = load(run, device, precision=precision, parts=parts)
+    for adapter, scale in map(scaled, lora or []):
+        pipeline.load_lora(adapter, scale)
     place = made(folder or home(run) / "pictures")
     asked = [prompt for prompt in wanted or [None] for _ in range(n)]
     with bar("drawing") as progress:
@@ -84,6 +89,15 @@ def sample(
     for path in [*paths, *([sheet] if sheet else [])]:
         line(path)
     say(f"{len(paths)} picture{'s' * (len(paths) > 1)} in {place}")
+
+
+def scaled(text: str) -> tuple[str, float]:
+    """FILE or FILE:SCALE; a scale of 1 is what was trained."""
+    path, colon, number = text.rpartition(":")
+    try:
+        return (path, float(number)) if colon else (text, 1.0)
+    except ValueError:  # a colon of the path itself
+        return text, 1.0
 
 
 def slot(text: str | None) -> Any:

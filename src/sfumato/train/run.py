@@ -7,21 +7,25 @@ skipped stays skipped.
 
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sfumato import files
+from sfumato.adapters import training as adapters
+from sfumato.adapters.parts import parts_of
+from sfumato.adapters.writing import write_adapter
 from sfumato.catalogue import build
 from sfumato.config import Config
 from sfumato.data.loader import Batch, Loader
 from sfumato.errors import CheckpointError, ConfigError, DataError, Interrupted, MachineError
 from sfumato.io.directory import save_model
 from sfumato.io.pretrained import codec_from, fill_codec
-from sfumato.model import build_model, compile_net, pick_device
+from sfumato.model import Model, build_model, compile_net, pick_device
 from sfumato.overlay import resolved
 from sfumato.train import checkpoint
 from sfumato.train.checkpoint import State
@@ -31,6 +35,7 @@ from sfumato.train.keys import key
 from sfumato.train.log import Log
 from sfumato.train.optim import build_optimizer, learning_rate
 from sfumato.train.preview import preview, wanted
+from sfumato.train.start import FOLDER, Start, model_of, read_start
 from sfumato.train.step import Outcome, Stepper
 from sfumato.train.validate import Validation
 
@@ -41,11 +46,12 @@ NAMED = 8  # pictures of a step that was skipped
 class Run:
     """A run of a configuration in a folder, from its beginning or from its newest whole checkpoint.
 
+    start: the model to begin with, where the configuration names one and the run is new.
     step counts the steps, made or skipped, updates those that were made, images the pictures seen. pending: loss and
     gradient norm of the steps since the last row of metrics.
     """
 
-    def __init__(self, config: Config, folder: Path, resume: bool) -> None:
+    def __init__(self, config: Config, folder: Path, resume: bool, start: Start | None = None) -> None:
         self.config, self.folder = config, folder
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -53,7 +59,7 @@ class Run:
         told: list[str] = []
         kept = checkpoint.newest(self.checkpoints, told.append) if resume else None
         self.dataset = build(config.data, "Data")
-        self._build(kept[1] if kept else None)
+        self._build(kept[1] if kept else None, start)
         self.step = self.updates = self.images = 0
         self.pending: list[list[float]] = []
         if kept is not None:
@@ -106,15 +112,14 @@ class Run:
             self.log.say(f"{self.images:,} images in {self.step:,} steps; the model is in {self.folder / 'model'}")
         return self.folder / "model"
 
-    def _build(self, state: State | None) -> None:
+    def _build(self, state: State | None, start: Start | None) -> None:
         """The parts, freshly initialised; a conditioner's vocabulary is that of the checkpoint, if there is one."""
         config = self.config
         torch.manual_seed(key(config.seed, "weights"))
-        codec, weights = codec_from(self.section["model"]["codec"])
-        section = {**self.section["model"], "codec": codec}
-        spec = {"model": section, "size": list(self.dataset.shape), "sampling": self.section["sampling"]}
-        self.model = build_model(spec, self.dataset, None if state is None else state.files)
-        fill_codec(self.model.codec, weights)
+        files_ = None if state is None else state.files
+        self.model = self._fresh(files_) if config.start is None else self._further(files_, start)
+        if config.lora is not None:
+            adapters.begin(self.model, config.lora)
         self.model.to(self.device).train()
         self.weights = self.model.trained()
         self.optimizer = build_optimizer(self.model, config)
@@ -133,6 +138,30 @@ class Run:
             self.model.net.checkpointing = True  # type: ignore[assignment]
         if config.compile:
             compile_net(self.model.net, self.device, dynamic=False)
+
+    def _fresh(self, kept: Mapping[str, bytes] | None) -> Model:
+        """The model of the configuration. kept: the conditioner's files, of a checkpoint."""
+        codec, weights = codec_from(self.section["model"]["codec"])
+        section = {**self.section["model"], "codec": codec}
+        spec = {"model": section, "size": list(self.dataset.shape), "sampling": self.section["sampling"]}
+        model = build_model(spec, self.dataset, kept)
+        fill_codec(model.codec, weights)
+        return model
+
+    def _further(self, kept: Mapping[str, bytes] | None, start: Start | None) -> Model:
+        """The model to begin with. A run that trains an adapter keeps it beside its checkpoints, which lack it; of any
+        other the checkpoint has all weights, and they come later.
+        """
+        section, size = self.section, self.dataset.shape
+        place = self.folder / FOLDER
+        if start is None and self.config.lora is None:
+            return build_model(
+                {"model": section["model"], "size": list(size), "sampling": section["sampling"]}, None, kept
+            )
+        model = model_of(start or read_start(place), section["model"], section["sampling"], size)
+        if start is not None and self.config.lora is not None:
+            save_model(place, model, {"start": start.where})
+        return model
 
     def _advance(self) -> None:
         """One step: made, or skipped and counted."""
@@ -266,14 +295,33 @@ class Run:
         }
         conditioner = self.model.conditioner
         own = conditioner.files() if conditioner is not None else {}
-        return State({"model": self.model.weights(), **averages, "optim": optim}, plain, own)
+        return State({"model": self._kept(), **averages, "optim": optim}, plain, own)
+
+    def _kept(self) -> dict[str, Tensor]:
+        """What a checkpoint has of the weights: all of them, or the adapter's."""
+        if self.config.lora is None:
+            return self.model.weights()
+        return {name: value.detach() for name, value in self.weights.items()}
 
     def _save_models(self) -> None:
-        """A model directory for each average: `model/` for the first, `model-1/`, `model-2/` for others."""
+        """A model directory for each average: `model/` for the first, `model-1/`, `model-2/` for others; an adapter
+        lies beside it, and is in it.
+        """
         for i, (average, section) in enumerate(zip(self.averages, self.section["ema"], strict=True)):
             facts = {"run": self.config.name, "steps": self.step, "images": self.images, "seed": self.config.seed}
-            folder = self.folder / (f"model-{i}" if i else "model")
-            save_model(folder, self.model, facts | {"ema": section}, self.model.weights() | average.state())
+            more = {name: self.section[name] for name in ("start", "lora") if self.section[name] is not None}
+            facts |= {"ema": section, **more}
+            end = f"-{i}" if i else ""
+            weights = self.model.weights() | average.state() if self.config.lora is None else self._merged(average, end)
+            save_model(self.folder / f"model{end}", self.model, facts, weights)
+
+    def _merged(self, average: EMA, end: str) -> dict[str, Tensor]:
+        """The weights with an average of the adapter in them; the adapter itself is written."""
+        with average.applied(list(self.weights.values())):
+            adapter, weights = adapters.trained_adapter(self.model), adapters.merged_weights(self.model)
+        file = self.folder / f"lora{end}.safetensors"
+        write_adapter(file, adapter, parts_of(self.model), base=self.config.start)
+        return weights
 
     def _restore(self, path: Path, state: State) -> list[str]:
         """Takes up a checkpoint; what there is to tell of it."""
@@ -298,7 +346,7 @@ class Run:
 
     def _adopt(self, state: State) -> None:
         """Weights, averages and optimizer of a checkpoint; an average that it does not have begins with the weights."""
-        own, kept = self.model.weights(), state.tensors["model"]
+        own, kept = self._kept(), state.tensors["model"]
         if own.keys() != kept.keys() or any(own[name].shape != kept[name].shape for name in own):
             raise CheckpointError(
                 "a checkpoint does not fit the model", where=str(self.folder), seen="other weights", fix="name=ANOTHER"
@@ -312,8 +360,11 @@ class Run:
 
     def _check_room(self) -> None:
         """MachineError if the disk has no room for one checkpoint and the model directories."""
-        weights = sum(value.nbytes for value in self.model.weights().values())
-        needed, free = weights * (3 + 2 * len(self.averages)), files.free_space(self.folder)
+        kept, whole = (
+            sum(value.nbytes for value in weights.values()) for weights in (self._kept(), self.model.weights())
+        )
+        n = len(self.averages)
+        needed, free = kept * (3 + n) + whole * n, files.free_space(self.folder)
         if free < needed:
             raise MachineError(
                 "the disk has no room for a checkpoint",
@@ -346,9 +397,8 @@ class Run:
             self.log.say(line)
         millions = sum(p.numel() for p in self.weights.values()) / 1e6
         data = f"{len(self.dataset):,} pictures of {self.dataset.shape[1]}x{self.dataset.shape[0]}"
-        self.log.say(
-            f"{self.config.name}: {millions:.1f}M weights, {data}, on {self.device} in {self.config.precision}"
-        )
+        of = "weights" if self.config.start is None else f"weights that learn, of those of {self.config.start}"
+        self.log.say(f"{self.config.name}: {millions:.1f}M {of}, {data}, on {self.device} in {self.config.precision}")
         for note in self.model.conditioner.notes if self.model.conditioner is not None else ():
             self.log.say(note)
         if self.loader.holdout < (asked := self.config.validate_.holdout):
