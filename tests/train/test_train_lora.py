@@ -124,7 +124,7 @@ def test_what_cannot_be_meant_is_named(base: Path, tmp_path: Path, small: Small)
         small("lora.rank=4")
     with pytest.raises(ConfigError, match=r"model.prediction is that of the model to start from"):
         small(f"start={base}", "model.prediction=eps")
-    with pytest.raises(ConfigError, match="lora.rank should be at least 1"):
+    with pytest.raises(ConfigError, match=r"lora.rank should be at least 1"):
         further(base, "lora.rank=0")
     with pytest.raises(CheckpointError, match="no model to start from"):
         train(further(tmp_path / "nowhere", "lora.rank=2", f"start={tmp_path / 'nowhere'}"), run=tmp_path / "a")
