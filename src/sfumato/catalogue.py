@@ -157,7 +157,9 @@ SAMPLERS = {
 NETS = {
     "unet": "sfumato.nets.unet:UNet",
     "dit": "sfumato.nets.dit:DiT",
+    "mmdit": "sfumato.nets.mmdit:MMDiT",
     "stable_unet": "sfumato.nets.stable_unet:StableUNet",
+    "flux": "sfumato.nets.flux:Flux",
 }
 CODECS = {"pixels": "sfumato.codecs:Pixels", "latents": "sfumato.codecs:Latents"}
 CONDITIONERS = {
@@ -169,7 +171,9 @@ CONDITIONERS = {
 }
 FAMILIES = {
     "stable_diffusion": "sfumato.io.families.stable_diffusion:StableDiffusion",
+    "flux": "sfumato.io.families.flux1:Flux1",
     "sdxl": "sfumato.io.families.sdxl:SDXL",
+    "stable_diffusion_3": "sfumato.io.families.stable_diffusion_3:StableDiffusion3",
 }
 # The names of a network's weights elsewhere, by its kind: a function of its config, for adapters (`sfumato.adapters`)
 NAME_TABLES = {"stable_unet": "sfumato.io.families.stable:lines"}

@@ -255,7 +255,8 @@ def dynamic_shift(
 ) -> Tensor:
     """FLUX's shift, which grows with the picture: by e^mu, and mu rises in a line with the number of tokens.
 
-    tokens: of the picture, (height / 16) (width / 16) for FLUX. mu is `low` at `fewest` tokens and `high` at `most`.
+    tokens: of the picture, (height / 16) (width / 16) for FLUX; a pipeline tells them where nothing is said. mu is
+    `low` at `fewest` tokens and `high` at `most`.
     form: "linear" shifts by mu itself. terminal: the last time before the data, to which the grid is stretched.
     """
     if tokens is None or tokens < 1:

@@ -33,7 +33,7 @@ from sfumato.nets.variants import variant
 from sfumato.paths import noised
 from sfumato.samplers import SeededNoise, Step, sample
 from sfumato.samples import Samples
-from sfumato.settings import Interval, Settings, is_whole
+from sfumato.settings import Interval, Settings, fitted_grid, fitted_guidance, is_whole
 from sfumato.starts import Begin, begin, known_where
 
 Prompt = str | int | Raw | None  # text, a label, the raw fields of a conditioner, or nothing
@@ -88,6 +88,8 @@ class Pipeline:
             raise ConfigError(
                 "no such setting", where="sampling", seen=name, fix=nearest(name, Settings.__dataclass_fields__)
             )
+        if "guidance" in changes:
+            changes["guidance"] = fitted_guidance(changes["guidance"], known.get("guidance"))
         return Settings(**{**known, **self._fitted(known, changes), **changes})
 
     def _fitted(self, known: Mapping[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -216,7 +218,10 @@ class Pipeline:
 
     def _times(self, order: Order) -> Tensor:
         n = int(order.settings.steps)
-        times: Tensor = build(order.settings.grid, "Grid")(self.model.denoiser.path, n)
+        _, height, width = self.model.codec.shape(*order.size)
+        patch = int(getattr(getattr(self.model.net, "config", None), "patch", 1))
+        grid = fitted_grid(order.settings.grid, height * width // patch**2)
+        times: Tensor = build(grid, "Grid")(self.model.denoiser.path, n)
         return times if order.begin is None else times[n - max(1, round(n * order.begin.strength)) :]
 
     def _walk(self, order: Order, times: Tensor) -> Iterator[Step]:
@@ -330,9 +335,12 @@ class Pipeline:
         elif changes.get("guidance") not in (None, 1):
             what = "a model without conditions has nothing to be guided by"
             raise ConfigError(what, where="guidance", seen=str(changes["guidance"]), fix="guidance=1")
-        if against is not None and settings.guidance == 1:
+        if against is not None and not settings.steers:
             raise ConfigError(
-                "a negative prompt says nothing without guidance", where="negative", seen="guidance 1", fix="guidance=3"
+                "a negative prompt says nothing without guidance",
+                where="negative",
+                seen=f"guidance {settings.guidance}",
+                fix="guidance=3" if settings.guidance == 1 else "guidance={'kind': 'cfg', 'scale': 3}",
             )
         return Order(raw, _seeds(seeds, len(raw)), settings, self._size(size), against)
 

@@ -10,7 +10,7 @@ from tiny import DIT, inputs, made, normal, stirred
 from torch import nn
 
 from sfumato.errors import ConfigError
-from sfumato.nets.dit import PRESETS, Block, DiT, DiTConfig, _folded, _unfolded, preset
+from sfumato.nets.dit import PRESETS, Block, DiT, DiTConfig, folded, preset, unfolded
 
 # Parameters of the published class-conditional models of 32x32 latents of 4 channels (Peebles & Xie's code).
 PUBLISHED = {
@@ -86,14 +86,14 @@ def test_shapes_that_cannot_be_are_named(changes: dict[str, Any], where: str) ->
 @pytest.mark.parametrize("patch", [1, 2, 4])
 def test_unfolding_undoes_folding(patch: int) -> None:
     x = normal(2, 3, 8, 12)
-    tokens = _folded(x, patch)
+    tokens = folded(x, patch)
     assert tokens.shape == (2, 96 // patch**2, 3 * patch**2)
-    assert torch.equal(_unfolded(tokens, (8 // patch, 12 // patch), patch), x)
+    assert torch.equal(unfolded(tokens, (8 // patch, 12 // patch), patch), x)
 
 
 def test_a_token_is_a_patch_channels_first_row_by_row() -> None:
     x = normal(1, 3, 8, 12)
-    tokens = _folded(x, 4)
+    tokens = folded(x, 4)
     for i, (top, left) in enumerate((top, left) for top in (0, 4) for left in (0, 4, 8)):
         assert torch.equal(tokens[0, i], x[0, :, top : top + 4, left : left + 4].flatten())
 

@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sfumato import files
 from sfumato.config import slot_problems
 from sfumato.errors import CheckpointError, ConfigError
 from sfumato.io.fill import fill_weights, unfilled
+from sfumato.io.tensors import tensors_of
 from sfumato.model import Model, build_model
 from sfumato.registry import target_of
 
@@ -93,7 +94,7 @@ def load_model(
         empty = contextlib.nullcontext() if targets else unfilled()
         with torch.random.fork_rng(devices=[]), empty:  # what is initialised is overwritten: the caller's draws stay
             model = build_model({key: said[key] for key in SPEC}, files=_kept(folder, said["files"]))
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         seen = f"{type(error).__name__}: {error}"
         raise CheckpointError("model.json describes no model", where=str(folder / "model.json"), seen=seen) from error
     fill_weights(model, read_weights(folder / "model.safetensors"), str(folder), device, matrices)
@@ -130,8 +131,8 @@ def read_description(folder: Path) -> dict[str, Any]:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file."""
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
+        return tensors_of(path)
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError("weights cannot be read", where=str(path), seen=str(error)) from None
 
 

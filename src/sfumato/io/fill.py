@@ -43,9 +43,7 @@ def fill_weights(
 ) -> None:
     """Moves weights into a model; every name and shape must fit, and all that do not are named at once.
 
-    Each parameter gets memory of its own, aligned as torch aligns it: a tensor in a mapped file is not, which would
-    change the last bits of products, and the file may go. `weights` is emptied on the way, so that no more than one
-    tensor is there twice. device: where to; as they are, if
+    `weights` is emptied on the way, so that no more than one tensor is there twice. device: where to; as they are, if
     not said. matrices: what the network's and the conditioner's weights of two axes or more are kept as; the rest
     (biases, norms) is small and wants precision, and so do autoencoders.
     """
@@ -72,7 +70,7 @@ def fill_weights(
                 value = weights.pop(name)
                 halved = matrices is not None and old.ndim > 1 and old.is_floating_point() and name.startswith(HALVED)
                 kind = matrices if halved else old.dtype
-                value = value.to(device or value.device, kind, copy=True)
+                value = value.to(device or value.device, kind)
                 holder[slot] = made[id(old)] = nn.Parameter(value, requires_grad=old.requires_grad)
 
 

@@ -22,7 +22,11 @@ from sfumato.io.pretrained import FILES, PICKLES, read_json, read_state
 
 KINDS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "F64": "fp64", "F8_E4M3": "fp8", "F8_E5M2": "fp8"}
 PARTS = {  # of single files: what a part is called, by the beginnings of its names
-    "network": ("model.diffusion_model.", "double_blocks.", "joint_blocks.", "blocks.", "input_blocks."),
+    "network": (
+        *("model.diffusion_model.", "joint_blocks.", "blocks.", "input_blocks."),
+        *("double_blocks.", "single_blocks.", "img_in.", "txt_in.", "time_in.", "vector_in.", "guidance_in."),
+        "final_layer.",
+    ),
     "autoencoder": ("first_stage_model.", "vae."),
     "text encoder": ("cond_stage_model.", "conditioner.embedders.", "text_encoders."),
     "control": ("control_model.",),

@@ -147,6 +147,8 @@ def write_flow(place: Path, model: Model) -> None:
             "max_shift": float(slot.get("high", 1.15)),
             "use_dynamic_shifting": True,
             "shift": float(slot.get("by", 3.0)),
+            "shift_terminal": slot.get("terminal"),
+            "time_shift_type": str(slot.get("form", "exponential")),
         }
     else:
         said |= {"shift": float(slot.get("by", 3.0)) if slot.get("kind") == "shifted" else 1.0}

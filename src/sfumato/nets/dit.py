@@ -100,7 +100,7 @@ class DiT(nn.Module):
         pooled: Tensor | None = None,
     ) -> Tensor:
         grid = self._grid(x)
-        tokens = self.patches(_folded(x, self.config.patch))
+        tokens = self.patches(folded(x, self.config.patch))
         rope = None
         if self.config.positions == "sincos":
             tokens = tokens + sincos_2d(*grid, self.config.dim, x.device).to(tokens.dtype)
@@ -114,7 +114,7 @@ class DiT(nn.Module):
         if self.config.positions == "rope":
             rope = rope_2d(*grid, self.config.dim // self.config.heads, before, device=x.device)
         tokens = self._through(tokens, summary, words, mask, rope, grid)[:, before:]
-        return _unfolded(self.head(tokens, summary), grid, self.config.patch)
+        return unfolded(self.head(tokens, summary), grid, self.config.patch)
 
     def _through(self, tokens: Tensor, summary: Tensor, *rest: object) -> Tensor:
         modulation = summary if self.shared is None else self.shared(summary)
@@ -231,15 +231,15 @@ class Head(nn.Module):
         return out
 
 
-def _folded(x: Tensor, patch: int) -> Tensor:
+def folded(x: Tensor, patch: int) -> Tensor:
     """(B, C, H, W) to (B, H W / patch^2, C patch^2), channels first within a patch."""
     b, c, h, w = x.shape
     x = x.reshape(b, c, h // patch, patch, w // patch, patch)
     return x.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * patch * patch)
 
 
-def _unfolded(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
-    """The inverse of `_folded`."""
+def unfolded(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
+    """The inverse of `folded`."""
     h, w = grid
     x = tokens.reshape(len(tokens), h, w, -1, patch, patch)
     return x.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, h * patch, w * patch)

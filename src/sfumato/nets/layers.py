@@ -1,7 +1,7 @@
 """The parts that more than one network is made of: embeddings of time and place, attention, and feed-forward layers."""
 
 import math
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -36,9 +36,12 @@ class TimeEmbedding(nn.Module):
         return out
 
 
-def sincos_2d(height: int, width: int, dim: int, device: torch.device | None = None) -> Tensor:
-    """Fixed positions (height * width, dim): half of the channels for the column, half for the row (MAE, DiT)."""
-    down, across = (_angles(length, dim // 4, 10_000.0, device) for length in (height, width))
+def sincos_2d(height: int, width: int, dim: int, device: torch.device | None = None, *, step: float = 1.0) -> Tensor:
+    """Fixed positions (height * width, dim): half of the channels for the column, half for the row (MAE, DiT).
+
+    step: how far apart neighbours stand.
+    """
+    down, across = (turns(length, dim // 4, 10_000.0, device) * step for length in (height, width))
     rows, columns = (torch.cat([angle.sin(), angle.cos()], 1).float() for angle in (down, across))
     return _in_plane(columns[None], rows[:, None], height, width)
 
@@ -51,13 +54,13 @@ def rope_2d(
     Half of the channel pairs turn with the row, half with the column; the `before` leading tokens (text) stay unturned.
     Su et al. 2021, axial as in EVA-02 and FLUX.
     """
-    down, across = (_angles(length, dim // 4, theta, device) for length in (height, width))
+    down, across = (turns(length, dim // 4, theta, device) for length in (height, width))
     angles = _in_plane(down[:, None], across[None], height, width)
     angles = torch.cat([angles.new_zeros(before, angles.shape[1]), angles])
     return angles.cos().float(), angles.sin().float()
 
 
-def _angles(length: int, count: int, period: float, device: torch.device | None) -> Tensor:
+def turns(length: int, count: int, period: float, device: torch.device | None) -> Tensor:
     """Each of `length` places times `count` falling frequencies, made where they are needed: copying would wait."""
     wide = torch.float32 if device is not None and device.type == "mps" else torch.float64  # Metal knows no float64
     freqs = period ** -(torch.arange(count, dtype=wide, device=device) / count)
@@ -181,13 +184,11 @@ def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def through(stage: nn.Module, recompute: bool, *given: object) -> Tensor:
+def through(stage: nn.Module, recompute: bool, *given: object) -> Any:
     """The stage's answer. recompute: its activations are made anew in the backward pass rather than kept."""
     if recompute and torch.is_grad_enabled():
-        out: Tensor = checkpoint(stage, *given, use_reentrant=False)
-        return out
-    out = stage(*given)
-    return out
+        return checkpoint(stage, *given, use_reentrant=False)
+    return stage(*given)
 
 
 def zeroed(module: Module) -> Module:

@@ -77,6 +77,13 @@ class Texts(Conditioner):
         """The encoders."""
         return [part for part in self.parts if isinstance(part, Text)]
 
+    @property
+    def length(self) -> int:
+        """How many vectors of context a prompt has."""
+        each = [part.length for part in self.texts]
+        follow = each[2] if len(each) > 2 else WORDS
+        return {"channels": each[0], "sd3": each[0] + follow, "apart": each[-1]}[self.join]
+
     def _channels(self, conds: Sequence[Cond]) -> dict[str, Tensor]:
         found = {"context": torch.cat([cond["context"] for cond in conds], -1)} | _mask(conds[-1])
         return found | ({"pooled": self._last(conds)} if self.pooled_dim else {})
