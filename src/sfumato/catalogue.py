@@ -176,7 +176,11 @@ FAMILIES = {
     "stable_diffusion_3": "sfumato.io.families.stable_diffusion_3:StableDiffusion3",
 }
 # The names of a network's weights elsewhere, by its kind: a function of its config, for adapters (`sfumato.adapters`)
-NAME_TABLES = {"stable_unet": "sfumato.io.families.stable:lines"}
+NAME_TABLES = {
+    "stable_unet": "sfumato.io.families.stable:lines",
+    "flux": "sfumato.io.families.flux:lines",
+    "mmdit": "sfumato.io.families.sd3:lines",
+}
 DATA = {"scenes": "sfumato.data.scenes:Scenes", "folder": "sfumato.data.folder:Folder"}
 OPTIMIZERS = {"adamw": "sfumato.train.optim:adamw", "muon": "sfumato.train.optim:muon"}
 

@@ -135,19 +135,19 @@ def _ranks(layers: Layers) -> dict[str, int]:
 
 
 def _header_alphas(metadata: Mapping[str, str], layers: Layers) -> dict[str, float]:
-    """What diffusers wrote of a peft description into the header, for each part: "unet.lora_alpha"."""
+    """What diffusers wrote of peft's descriptions into the header, of each part ("unet.lora_alpha"), or of one alone."""
     try:
         told = json.loads(metadata.get(HEADER, "{}"))
     except ValueError:
         return {}
-    configs: dict[str, dict[str, Any]] = {}
-    for key, value in told.items():
+    configs: dict[str, dict[str, Any]] = {"": told} if "lora_alpha" in told else {}
+    for key, value in told.items() if not configs else ():
         part, _, name = key.partition(".")
-        configs.setdefault(part, {})[name] = value
+        configs.setdefault(f"{part}.", {})[name] = value
     found: dict[str, float] = {}
     ranks = _ranks(layers)
-    for part, config in configs.items():
-        inside = {name.removeprefix(f"{part}."): name for name in layers if name.startswith(f"{part}.")}
+    for start, config in configs.items():
+        inside = {name.removeprefix(start): name for name in layers if name.startswith(start)}
         inner = dialects.alphas(config, inside, {short: ranks[name] for short, name in inside.items()})
         found |= {inside[short]: alpha for short, alpha in inner.items()}
     return found
