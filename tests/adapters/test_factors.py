@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.adapters import lycoris
-from sfumato.adapters.factors import Factors, joined, split
+from sfumato.adapters.factors import Factors, joined, merged, split
 from sfumato.adapters.lora import inject, unwrap
 from sfumato.errors import CheckpointError
 
@@ -34,7 +34,7 @@ def test_the_change_is_that_which_peft_makes(kind: str, dora: bool, scale: float
     holder = nn.ModuleDict({"inner": nn.ModuleDict({"layer": layer})})
     x = normal(3, 5) if kind == "linear" else normal(3, 5, 4, 6)
     with torch.no_grad():
-        weight, bias = layer.weight + one.delta(layer.weight, scale), layer.bias
+        weight, bias = merged(layer.weight, [(one, scale)]), layer.bias
         assert bias is not None
         wanted = (
             nn.functional.linear(x, weight, bias)
@@ -53,7 +53,7 @@ def test_the_change_is_that_which_peft_makes(kind: str, dora: bool, scale: float
 
 def test_at_scale_zero_nothing_changes_of_a_dora_either() -> None:
     one = Factors(normal(2, 5), normal(7, 2), 1.0, torch.ones(7))
-    assert not one.delta(normal(7, 5), 0).any()
+    assert torch.equal(merged(normal(7, 5), [(one, 0.0)]), normal(7, 5))
 
 
 @pytest.mark.parametrize("alphas", [(2.0, 2.0, 2.0), (2.0, 1.0, 5.0)])

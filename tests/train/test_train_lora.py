@@ -9,6 +9,7 @@ import torch
 from runs import bytes_of, kept, stopped
 
 from sfumato import load
+from sfumato.adapters.factors import merged
 from sfumato.adapters.parts import parts_of
 from sfumato.adapters.reading import read_adapter
 from sfumato.cli import main
@@ -59,8 +60,8 @@ def test_an_adapter_is_trained_and_the_model_has_it(base: Path, tmp_path: Path, 
     assert weights.keys() == now.keys()
     touched = {f"{name}.weight" for name in adapter.changes}
     for name, value in weights.items():
-        change = adapter.changes[name.removesuffix(".weight")].delta(value) if name in touched else 0
-        torch.testing.assert_close(now[name], value + change, rtol=0, atol=1e-6)
+        changes = [(adapter.changes[name.removesuffix(".weight")], 1.0)] if name in touched else []
+        torch.testing.assert_close(now[name], merged(value, changes) if changes else value, rtol=0, atol=1e-6)
         assert torch.equal(now[name], value) == (name not in touched)
 
 

@@ -44,18 +44,12 @@ class Factors:
         down, up = self.down.to(kind), self.up.to(kind)
         return (up @ down.flatten(1)).mul_(scale * self.scale).unflatten(1, self.down.shape[1:])
 
-    def delta(self, weight: Tensor, scale: float = 1.0) -> Tensor:
-        """What is added to a weight, in float32 at least. At scale 0 nothing is, of a DoRA too."""
-        if scale == 0:
-            return torch.zeros_like(weight)
+    def stretch(self, weight: Tensor, scale: float = 1.0) -> Tensor:
+        """Of a DoRA, what each row of the sum is multiplied by, (out, 1, ...): its magnitude over its length."""
+        assert self.magnitude is not None
         change = self.product(scale).to(weight.device)
-        if self.magnitude is None:
-            return change
-        base = weight.to(change.dtype)
-        whole = base + change
-        rows = (-1, *(1,) * (weight.ndim - 1))
-        lengths = torch.linalg.vector_norm(whole.flatten(1), dim=1).view(rows)
-        return whole * (self.magnitude.to(whole).view(rows) / lengths) - base
+        lengths = torch.linalg.vector_norm((weight.to(change.dtype) + change).flatten(1), dim=1)
+        return (self.magnitude.to(change) / lengths).view(-1, *(1,) * (weight.ndim - 1))
 
     def shaped(self, shape: Sequence[int]) -> "Factors":
         """For a weight of this shape: a linear layer and a convolution of 1x1 have the same numbers."""
@@ -65,6 +59,22 @@ class Factors:
         """With the second half of the rows first."""
         magnitude = None if self.magnitude is None else _swapped(self.magnitude)
         return replace(self, up=_swapped(self.up), magnitude=magnitude)
+
+
+def merged(weight: Tensor, changes: Sequence[tuple[Factors, float]]) -> Tensor:
+    """A weight with some changes, each at its scale, in float32 at least. At scale 0 nothing changes, of a DoRA too.
+
+    DoRAs come first, each measured on the weight itself and laid over what the ones before made of it; then the others,
+    which are added. So it is where they stand beside the weight, too.
+    """
+    kind = torch.promote_types(weight.dtype, torch.float32)
+    out = weight.to(kind, copy=True)
+    for one, scale in sorted(changes, key=lambda pair: pair[0].magnitude is None):
+        if scale:
+            out += one.product(scale).to(out)
+            if one.magnitude is not None:
+                out *= one.stretch(weight, scale).to(kind)
+    return out
 
 
 def _swapped(rows: Tensor) -> Tensor:

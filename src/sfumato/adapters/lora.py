@@ -2,7 +2,7 @@
 
 Several adapters live side by side, each with a scale, and the answer is the sum of what they change; switching costs
 nothing. Merged, they cost nothing either: the sum is put into the weights, and what was there is kept to be put back,
-bit for bit. A DoRA's change is that of its formula on the model's own weights, whatever else is at work.
+bit for bit.
 """
 
 import re
@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfumato.adapters.factors import Factors
+from sfumato.adapters.factors import Factors, merged
 from sfumato.adapters.parts import Part, parts_of
 from sfumato.adapters.reading import Adapter, read_adapter
 from sfumato.errors import ConfigError, MachineError, nearest
 from sfumato.model import Model
+
+DORA = "_dora"  # how peft's names of DoRAs end here
 
 
 def peft() -> Any:
@@ -42,7 +44,7 @@ def inject(module: nn.Module, name: str, changes: Mapping[str, Factors]) -> list
         some = {layer: one for layer, one in changes.items() if (one.magnitude is not None) == dora}
         if not some:
             continue
-        made.append(f"{name}_dora" if dora else name)
+        made.append(f"{name}{DORA}" if dora else name)
         ranks = {one.rank for one in some.values()}
         pattern = {_any([key for key, one in some.items() if one.rank == r]): r for r in ranks}
         with torch.random.fork_rng(devices=[]):  # what is initialised is overwritten: the caller's draws stay
@@ -111,14 +113,13 @@ def merge_into(model: Model, adapters: Sequence[tuple[Adapter, float]]) -> None:
     """Puts the sum of some adapters, each with its scale, into the weights of a model without living ones."""
     for part in parts_of(model):
         assert part.module is not None
-        sums: dict[str, Tensor] = {}
+        found: dict[str, list[tuple[Factors, float]]] = {}
         for adapter, scale in adapters:
             for layer, one in adapter.of(part.home).items():
-                change = one.delta(part.module.get_submodule(layer).weight, scale)  # type: ignore[arg-type]
-                sums[layer] = sums[layer] + change if layer in sums else change
-        for layer, change in sums.items():
+                found.setdefault(layer, []).append((one, scale))
+        for layer, changes in found.items():
             weight: Any = part.module.get_submodule(layer).weight
-            weight.copy_(weight + change)
+            weight.copy_(merged(weight, changes))
 
 
 # Living adapters
@@ -182,7 +183,7 @@ class Living:
                 raise ConfigError("an adapter's scale is a number", where="lora", seen=f"{name}: {scale}", fix="1")
         self._apart()
         self.scales = {name: float(scales.get(name, 0.0)) for name in self._inside}
-        working = {own: scale for name, scale in self.scales.items() if scale for own in self._inside[name]}
+        working = dict(sorted(self._working(), key=lambda pair: not pair[0].endswith(DORA)))  # see `factors.merged`
         for layer in self._layers():
             for own, scale in working.items():
                 layer.set_scale(own, scale)
@@ -208,14 +209,13 @@ class Living:
     def merge(self) -> None:
         """Puts what is at work into the weights, which then cost no more than before; `unmerge` puts them back."""
         self._apart()
-        working = [(own, scale) for name, scale in self.scales.items() if scale for own in self._inside[name]]
+        working = self._working()
         for layer in self._layers():
             here = [(own, scale) for own, scale in working if own in layer.lora_A]
             if here:
                 weight = layer.base_layer.weight
                 self._kept.append((weight, weight.detach().to("cpu", copy=True)))
-                changes = [factors_in(layer, own).delta(weight, scale) for own, scale in here]
-                weight.copy_(weight + torch.stack(changes).sum(0))
+                weight.copy_(merged(weight, [(factors_in(layer, own), scale) for own, scale in here]))
             layer.set_adapter([])
 
     def unmerge(self) -> None:
@@ -227,6 +227,10 @@ class Living:
         for weight, before in self._kept:
             weight.copy_(before)
         self._kept.clear()
+
+    def _working(self) -> list[tuple[str, float]]:
+        """What peft calls those that change anything, and their scales."""
+        return [(own, scale) for name, scale in self.scales.items() if scale for own in self._inside[name]]
 
     def _layers(self) -> Iterator[Any]:
         for part in self.parts:

@@ -148,12 +148,13 @@ def shapes_of(module: nn.Module) -> dict[str, Shape]:
 
 
 def layers_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Its linear layers and convolutions, by the names that they have without adapters."""
+    """Its linear layers and convolutions, by the names that they have without adapters.
+
+    Convolutions of groups of channels are none: their weights are too small to have a rank.
+    """
     for name, one in module.named_modules():
-        if isinstance(one, LAYERS):
-            plain = name.removesuffix(".base_layer")
-            if "lora_" not in name:
-                yield plain, one
+        if isinstance(one, LAYERS) and getattr(one, "groups", 1) == 1 and "lora_" not in name:
+            yield name.removesuffix(".base_layer"), one
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ def _ranks(layers: Layers) -> dict[str, int]:
 
 
 def _header_alphas(metadata: Mapping[str, str], layers: Layers) -> dict[str, float]:
-    """What diffusers wrote of peft's descriptions into the header, of each part ("unet.lora_alpha"), or of one alone."""
+    """What diffusers wrote of peft's descriptions into the header: of each part ("unet.lora_alpha"), or of one."""
     try:
         told = json.loads(metadata.get(HEADER, "{}"))
     except ValueError:

@@ -7,7 +7,7 @@ see the factors alone, which are a hundredth of the model's weights or less.
 import torch
 from torch import Tensor
 
-from sfumato.adapters.factors import Factors
+from sfumato.adapters.factors import Factors, merged
 from sfumato.adapters.lora import factors_in, inject_as, wrapped
 from sfumato.adapters.parts import NET, Part, parts_of
 from sfumato.adapters.reading import Adapter
@@ -55,7 +55,7 @@ def merged_weights(model: Model) -> dict[str, Tensor]:
     for part in parts_of(model):
         for name, one in _factors(part):
             key = f"{part.home}.{name}.weight"
-            weights[key] = (weights[key] + one.delta(weights[key])).to(weights[key].dtype)
+            weights[key] = merged(weights[key], [(one, 1.0)]).to(weights[key].dtype)
     return weights
 
 
