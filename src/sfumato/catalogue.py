@@ -82,7 +82,13 @@ WEIGHTS = {
 OBJECTIVES = {
     "denoising": "sfumato.objectives.denoising:Denoising",
     "vdm": "sfumato.objectives.vdm:VDM",
+    "autoencoder": "sfumato.objectives.autoencoding:Autoencoding",
 }
+DISTANCES = {
+    "laplacian": "sfumato.objectives.distances:Laplacian",
+    "ssim": "sfumato.objectives.distances:StructuralSimilarity",
+}
+DISCRIMINATORS = {"patch": "sfumato.nets.discriminator:PatchDiscriminator"}
 GRIDS = {
     "logistic": "sfumato.grids:logistic",
     "explicit": "sfumato.grids:explicit",
@@ -161,7 +167,11 @@ NETS = {
     "stable_unet": "sfumato.nets.stable_unet:StableUNet",
     "flux": "sfumato.nets.flux:Flux",
 }
-CODECS = {"pixels": "sfumato.codecs:Pixels", "latents": "sfumato.codecs:Latents"}
+CODECS = {
+    "pixels": "sfumato.codecs:Pixels",
+    "latents": "sfumato.codecs:Latents",
+    "tiny_latents": "sfumato.codecs:TinyLatents",
+}
 CONDITIONERS = {
     "labels": "sfumato.conditioners:Labels",
     "prompts": "sfumato.conditioners:Prompts",
@@ -194,6 +204,8 @@ KINDS: Mapping[str, Mapping[str, str]] = {
     "Uniform": DENSITIES,  # `Stratified.of` takes only some densities, and names them
     "Weight": WEIGHTS,
     "Objective": OBJECTIVES,
+    "Distance": DISTANCES,
+    "Discriminator": DISCRIMINATORS,
     "Grid": GRIDS,
     "Guidance": GUIDANCES,
     "LogProb": {},  # the user's own

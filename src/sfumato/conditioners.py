@@ -10,7 +10,7 @@ import json
 import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Generator, Tensor, nn
@@ -56,6 +56,12 @@ class Conditioner(nn.Module):
     def sized(self, raw: Sequence[Raw], size: tuple[int, int]) -> list[Raw]:
         """The raw conditions of pictures of another (height, width) than the model's, where that has to be told."""
         return list(raw)
+
+    def change(self, **options: Any) -> None:
+        """Other options for as long as the model is loaded. ConfigError for those that it has not."""
+        if options:
+            seen = ", ".join(sorted(options))
+            raise ConfigError("this model has no text encoder of that kind", where="text", seen=seen, fix="text=None")
 
     def check(self, raw: Sequence[Raw]) -> None:
         """Raises DataError for what could not be understood, naming it. Called before anything is computed."""
@@ -305,6 +311,11 @@ class Joined(Conditioner):
                 )
             answers |= cond
         return answers
+
+    def change(self, **options: Any) -> None:
+        able = [part for part in self._parts() if type(part).change is not Conditioner.change]
+        for part in able or self._parts():
+            part.change(**options)
 
     def of_size(self, size: tuple[int, int]) -> None:
         for part in self._parts():

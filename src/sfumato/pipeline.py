@@ -19,7 +19,7 @@ from torch import Tensor
 from sfumato import __version__
 from sfumato.adapters.lora import Living
 from sfumato.catalogue import build
-from sfumato.conditioners import Raw, silent
+from sfumato.conditioners import Raw
 from sfumato.data.picture import Image
 from sfumato.denoiser import Cond
 from sfumato.errors import ConfigError, DataError, MemoryShortage, nearest
@@ -31,6 +31,8 @@ from sfumato.model import Model, compile_net, pick_device
 from sfumato.names import TUNED, spelled_out
 from sfumato.nets.variants import variant
 from sfumato.paths import noised
+from sfumato.reader import ENCODED, Reader, home, released
+from sfumato.reader import said as spoken
 from sfumato.samplers import SeededNoise, Step, sample
 from sfumato.samples import Samples
 from sfumato.settings import Interval, Settings, fitted_grid, fitted_guidance, is_whole
@@ -63,15 +65,26 @@ class Pipeline:
     """A model on a device, ready to draw.
 
     precision: "fp32", or "bf16" or "fp16" for the network's products (autocast); the sampler's state is float32 always.
-    compile: compiles the network, which pays from the second batch on.
+    compile: compiles the network, which pays from the second batch on. text_device: where text encoders lie and work,
+    if not with the network; "offload" lets them lie in main memory and work where the network is.
     """
 
     def __init__(
-        self, model: Model, device: str | torch.device = "auto", *, precision: str = "fp32", compile: bool = False
+        self,
+        model: Model,
+        device: str | torch.device = "auto",
+        *,
+        precision: str = "fp32",
+        compile: bool = False,
+        text_device: str | None = None,
     ) -> None:
-        _dtype(precision)
+        kind = _dtype(precision)
         self.device = pick_device(device) if isinstance(device, str) else device
+        conditioner, model.conditioner = model.conditioner, None  # it goes its own way, and perhaps never there
         self.model = model.to(self.device).eval()
+        self.model.conditioner = conditioner
+        self.reader = Reader(self.model, self.device, kind, text_device)
+        self.text: dict[str, Any] = {}  # options of the text encoders that were changed
         self.precision = precision
         self._variants: dict[str, torch.nn.Module] = {}
         self.tuned: dict[int, dict[str, Any]] = {}  # slots of samplers made for this model, by number of steps
@@ -196,6 +209,27 @@ class Pipeline:
         order = self._order(prompts, seeds, size, negative, settings)
         return self._walk(order, self._times(order))
 
+    def encode(self, prompts: Prompt | Sequence[Prompt], *, size: int | tuple[int, int] | None = None) -> list[Raw]:
+        """Prompts with what the text encoders say of them, which `sample` takes in their place. They are on the CPU.
+
+        size: (height, width) of the pictures, for models that are told it.
+        """
+        raw = self._raws(prompts)
+        if self.model.conditioner is not None:
+            self.model.conditioner.check(raw)
+        return self.reader.encode(raw, self._size(size))
+
+    def change_text(self, **options: Any) -> None:
+        """Other options of the text encoders from now on: emphasis, chunks, skip, length; see `sfumato.text.Text`."""
+        if self.model.conditioner is None:
+            raise ConfigError("this model has no text encoder", where="text", seen=", ".join(options))
+        self.model.conditioner.change(**options)
+        self.text |= options
+
+    def release_text(self) -> None:
+        """Lets go of the text encoders and their memory. Only prompts that were encoded can be drawn from then on."""
+        self.reader.release()
+
     def pictures(self, x: Tensor) -> Image:
         """Encoded results as (B, H, W, 3) uint8. DataError if they hold numbers that are not finite."""
         with torch.inference_mode():
@@ -228,11 +262,12 @@ class Pipeline:
         """The sampling of one batch."""
         shape = self.model.codec.shape(*order.size)
         noise, path = SeededNoise.of(order.seeds), self.model.denoiser.path
-        with torch.inference_mode(), self._autocast():
+        read, raw, size = self.reader, order.raw, order.size
+        with read.working():
             guide = order.settings.guide(
-                self._cond(order.raw, order.size),
-                lambda: self._instead(order, order.negative or {}),
-                lambda prompt: self._instead(order, self._raw(prompt)),
+                read.cond(raw, size),
+                lambda: read.instead(raw, order.negative or {}, size),
+                lambda prompt: read.instead(raw, self._raw(prompt), size),
             )
         x, denoise = (
             noise(torch.empty(len(order.raw), *shape, device=self.device)),
@@ -304,15 +339,6 @@ class Pipeline:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, DTYPES[self.precision])
 
-    def _cond(self, raw: Sequence[Raw], size: tuple[int, int]) -> Cond:
-        conditioner = self.model.conditioner
-        return {} if conditioner is None else self.model.cond(conditioner.sized(raw, size))
-
-    def _instead(self, order: Order, raw: Raw) -> Cond:
-        """Something else said of the same pictures."""
-        kept = () if self.model.conditioner is None else self.model.conditioner.kept
-        return self._cond([{**silent(one, kept), **raw} for one in order.raw], order.size)
-
     def _order(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -323,16 +349,11 @@ class Pipeline:
     ) -> Order:
         """Everything that was asked for, checked before anything is computed."""
         settings = self.settings(**changes)
-        single = prompts is None or isinstance(prompts, (str, Mapping, Integral))
-        raw = [self._raw(one) for one in ([prompts] if single else list(prompts))]  # type: ignore[arg-type]
-        if not raw:
-            raise ConfigError(
-                "nothing to draw", where="prompts", seen="an empty list", fix="prompts=[None] draws without a condition"
-            )
+        raw = self._raws(prompts)
         against = None if negative is None else self._raw(negative)
         if self.model.conditioner is not None:
             self.model.conditioner.check(raw if against is None else [*raw, against])
-        elif changes.get("guidance") not in (None, 1):
+        elif changes.get("guidance") not in (None, 1) and not any(ENCODED in one for one in raw):
             what = "a model without conditions has nothing to be guided by"
             raise ConfigError(what, where="guidance", seen=str(changes["guidance"]), fix="guidance=1")
         if against is not None and not settings.steers:
@@ -344,11 +365,25 @@ class Pipeline:
             )
         return Order(raw, _seeds(seeds, len(raw)), settings, self._size(size), against)
 
+    def _raws(self, prompts: Prompt | Sequence[Prompt]) -> list[Raw]:
+        """One prompt or several as raw fields."""
+        single = prompts is None or isinstance(prompts, (str, Mapping, Integral))
+        raw = [self._raw(one) for one in ([prompts] if single else list(prompts))]  # type: ignore[arg-type]
+        if not raw:
+            raise ConfigError(
+                "nothing to draw", where="prompts", seen="an empty list", fix="prompts=[None] draws without a condition"
+            )
+        return raw
+
     def _raw(self, prompt: Any) -> Raw:
         """A prompt as raw fields."""
         fields: tuple[str, ...] = tuple(getattr(self.model.conditioner, "fields", ()))
         if prompt is None or (isinstance(prompt, Mapping) and not prompt):
             return {}
+        if isinstance(prompt, Mapping) and ENCODED in prompt:
+            return prompt
+        if self.reader.released:
+            raise released(prompt)
         if self.model.conditioner is None:
             raise DataError(
                 "this model takes no conditions", where="prompts", seen=str(prompt), fix="leave the prompt out"
@@ -379,12 +414,15 @@ class Pipeline:
     def _said(self, order: Order, i: int) -> dict[str, Any]:
         """All there is to know of picture i."""
         said = {"prompt": _text(order.raw[i]), "seed": order.seeds[i], **order.settings.plain()}
-        if order.raw[i].keys() - {"caption"}:
-            said["fields"] = dict(order.raw[i])
-        if self.model.conditioner is None:
+        fields = spoken(order.raw[i])
+        if fields.keys() - {"caption"}:
+            said["fields"] = fields
+        if self.text:
+            said["text"] = dict(self.text)
+        if self.model.conditioner is None and ENCODED not in order.raw[i]:
             said["guidance"] = 1.0  # whatever is recommended: there was nothing to guide by
-        if order.negative is not None and order.negative.keys() - {"caption"}:
-            said["negative_fields"] = dict(order.negative)
+        if order.negative is not None and spoken(order.negative).keys() - {"caption"}:
+            said["negative_fields"] = spoken(order.negative)
         if order.begin is not None:
             said |= {"strength": order.begin.strength, "masked": order.begin.mask is not None}
         if self._loras is not None and (at_work := self._loras.at_work):
@@ -409,12 +447,15 @@ def load(
     compile: bool = False,
     trust: bool = False,
     parts: str | Path | None = None,
+    text: Mapping[str, Any] | None = None,
+    text_device: str | None = None,
 ) -> Pipeline:
     """The pipeline of a model directory, of a run, whose newest `model/` it takes, of a folder of diffusers, or of an
     original file. CheckpointError if it is damaged.
 
-    precision, compile: as of `Pipeline`; in half precision weights take half the memory too. trust: as of
+    precision, compile, text_device: as of `Pipeline`; in half precision weights take half the memory too. trust: as of
     `sfumato.io.directory.load_model`. parts: for a single file, a folder of diffusers with what it lacks.
+    text: options of the text encoders, as of `Pipeline.change_text`.
     """
     folder = model_folder(path)
     if not folder.exists():
@@ -426,15 +467,19 @@ def load(
             fix=", ".join(near) or "sfumato train quickstart",
         )
     kind = _dtype(precision)
+    place = pick_device(device) if isinstance(device, str) else device
     straight: dict[str, Any] = {
-        "device": pick_device(device) if isinstance(device, str) else device,
+        "device": place,
+        "text_device": home(text_device, place),
         "matrices": None if kind == torch.float32 else kind,
     }
     if is_published(folder):
         model = load_published(folder, None if parts is None else Path(parts).expanduser(), **straight)
     else:
         model = load_model(folder, trust=trust, **straight)
-    pipeline = Pipeline(model, straight["device"], precision=precision, compile=compile)
+    pipeline = Pipeline(model, place, precision=precision, compile=compile, text_device=text_device)
+    if text:
+        pipeline.change_text(**text)
     pipeline.tuned = read_tuned(folder)
     return pipeline
 
@@ -478,7 +523,7 @@ def _seeds(seeds: Any, n: int) -> list[int]:
 
 def _text(raw: Raw) -> Any:
     """What was asked for, in a word or a sentence."""
-    return raw.get("caption", next(iter(raw.values()), None))
+    return raw.get("caption", next(iter(spoken(raw).values()), None))
 
 
 def _telling(progress: Progress, before: int, whole: int, each: int) -> Callable[[int], None]:

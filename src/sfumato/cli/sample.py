@@ -39,6 +39,12 @@ def sample(
     folder: Path | None = typer.Option(None, "--out", help="Where to write. [default: RUN/pictures]"),
     device: str = typer.Option("auto", "--device", help="cpu, cuda, mps, ..."),
     precision: str = typer.Option("fp32", "--precision", help="fp32, bf16 or fp16."),
+    text: str | None = typer.Option(
+        None, "--text", help="Options of the text encoders: '{emphasis: true, chunks: 3}'.", metavar="OPTIONS"
+    ),
+    text_device: str | None = typer.Option(
+        None, "--text-device", help="Where text encoders work, or offload: in main memory while nothing is read."
+    ),
     parts: Path | None = typer.Option(
         None, "--parts", help="For a single file: a folder of diffusers with what it lacks (a tokenizer, ...)."
     ),
@@ -56,7 +62,10 @@ def sample(
     from sfumato.io.pictures import unused
     from sfumato.pipeline import load
 
-    pipeline = load(run, device, precision=precision, parts=parts)
+    options = slot(text)
+    if options is not None and not isinstance(options, dict):
+        raise ConfigError("options are a mapping", where="--text", seen=str(text), fix="--text '{emphasis: true}'")
+    pipeline = load(run, device, precision=precision, parts=parts, text=options, text_device=text_device)
     for adapter, scale in map(scaled, lora or []):
         pipeline.load_lora(adapter, scale)
     place = made(folder or home(run) / "pictures")

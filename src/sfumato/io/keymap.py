@@ -2,8 +2,8 @@
 
 A line of the table names a module in each layout, ours among them. Layouts differ in more than names, and a line says
 in what: one keeps a linear layer as a convolution of 1x1, one fuses what another keeps apart (queries, keys and values
-as the rows of one matrix), one has the two halves of its rows the other way round. Reading, writing and converting are
-the same function; a key without a line is an error that lists it, never skipped.
+as the rows of one matrix), one has the two halves of its rows the other way round, one has columns for rows. Reading,
+writing and converting are the same function; a key without a line is an error that lists it, never skipped.
 """
 
 from collections.abc import Iterable, Mapping
@@ -28,6 +28,7 @@ class Line:
     square: the layouts that keep its weight (out, in) as (out, in, 1, 1).
     swapped: the layouts that keep the second half of its rows first.
     leaves: of the module; ("",) for a bare parameter, whose name is the whole key.
+    turned: the layouts that keep its matrix (in, out) rather than (out, in).
     """
 
     names: Mapping[str, tuple[str, ...]]
@@ -35,6 +36,7 @@ class Line:
     swapped: frozenset[str] = frozenset()
     shares: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     leaves: tuple[str, ...] = LEAVES
+    turned: frozenset[str] = frozenset()
 
     def keys(self, layout: str) -> set[str]:
         """All keys that this line may have in a layout."""
@@ -50,13 +52,15 @@ def line(
     square: Iterable[str] = (),
     *,
     swapped: Iterable[str] = (),
+    turned: Iterable[str] = (),
     shares: Mapping[str, tuple[int, ...]] | None = None,
     bare: bool = False,
     **names: str | tuple[str, ...],
 ) -> Line:
     """A line, from the name or the names in each layout."""
     each = {layout: (name,) if isinstance(name, str) else name for layout, name in names.items()}
-    return Line(each, frozenset(square), frozenset(swapped), shares or {}, ("",) if bare else LEAVES)
+    leaves = ("",) if bare else LEAVES
+    return Line(each, frozenset(square), frozenset(swapped), shares or {}, leaves, frozenset(turned))
 
 
 def renamed(
@@ -96,6 +100,8 @@ def renamed(
 def _moved(parts: list[Tensor], one: Line, leaf: str, source: str, target: str) -> dict[str, Tensor]:
     if leaf == "weight" and (source in one.square) != (target in one.square):
         parts = [part.flatten(1) if source in one.square else part[:, :, None, None] for part in parts]
+    if (source in one.turned) != (target in one.turned):
+        parts = [part.mT.contiguous() if part.ndim > 1 else part for part in parts]
     names = [_key(name, leaf) for name in one.names[target]]
     dealt = one.rows(target, sum(len(part) for part in parts)) if len(names) > 1 or len(parts) > 1 else []
     if dealt and dealt != [len(part) for part in parts]:

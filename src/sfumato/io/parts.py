@@ -16,13 +16,13 @@ from sfumato import text
 from sfumato.codecs import Latents
 from sfumato.errors import CheckpointError, ConfigError
 from sfumato.io.directory import write_weights
-from sfumato.io.families import autoencoder
+from sfumato.io.families import autoencoder, encoders
 from sfumato.io.keymap import DIFFUSERS, OURS, renamed
 from sfumato.io.pretrained import codec_from, read_json, read_state
 from sfumato.model import Model
 from sfumato.names import sampler_named
 from sfumato.paths import Tabulated
-from sfumato.text import Text, Texts, files_of
+from sfumato.text import Text, Texts
 
 INDEX = "model_index.json"
 OWN = "sfumato.json"  # what a folder of diffusers has no place for, where this library wrote it
@@ -217,12 +217,61 @@ def read_text(folder: Path, parts: Sequence[str] = ("text_encoder",)) -> tuple[d
     state: dict[str, Tensor] = {}
     found: dict[str, bytes] = {}
     for i, part in enumerate(parts):
-        head = "conditioner.encoder." if len(parts) == 1 else f"conditioner.parts.{i}.encoder."
-        files = files_of(folder, part)
-        weights = text.read(folder, part, files, read_state(folder / part))
-        state |= {f"{head}{key}": value for key, value in weights.items()}
+        files = text.files_of(folder, part)
+        state |= _placed(text.read(folder, part, files, read_state(folder / part)), i, len(parts))
         found |= files
     return state, found
+
+
+def _placed(weights: Mapping[str, Tensor], i: int, n: int) -> dict[str, Tensor]:
+    """The weights of encoder i of n, by their names in a model."""
+    head = "conditioner.encoder." if n == 1 else f"conditioner.parts.{i}.encoder."
+    return {f"{head}{key}": value for key, value in weights.items()}
+
+
+def read_text_file(
+    state: Mapping[str, Tensor], places: Sequence[encoders.Place], folder: Path | None, where: str
+) -> tuple[dict[str, Tensor], dict[str, bytes]]:
+    """`read_text` of a single file: the weights from there, their tokenizers from a folder of diffusers.
+
+    places: see `sfumato.io.families.encoders`. An encoder that the file lacks is taken from the folder, too, and the
+    config of one that it has, if it is there. where: the file, for errors.
+    """
+    found: dict[str, Tensor] = {}
+    files: dict[str, bytes] = {}
+    for i, place in enumerate(places):
+        if folder is None:
+            what = "a single file has no tokenizer" if place.within(state) else "this file has no text encoder"
+            raise CheckpointError(what, where=where, seen=place.part, fix="--parts FOLDER, one of diffusers with it")
+        if not place.within(state):
+            weights, mine = read_text(folder, [place.part])
+            head = "conditioner.encoder."
+            found |= _placed({key.removeprefix(head): value for key, value in weights.items()}, i, len(places))
+            files |= mine
+            continue
+        config, weights = encoders.read(state, place, where)
+        found |= _placed(text.own_names(weights, place.kind), i, len(places))
+        told = folder / place.part / "config.json"  # knows the heads and the activation, which shapes do not tell
+        files[text.config_name(place.part)] = (
+            told.read_bytes() if told.is_file() else json.dumps(config, indent=2).encode()
+        )
+        try:
+            files |= text.tokenizer_files(folder, place.part)
+        except OSError as error:
+            raise CheckpointError("a tokenizer is missing", where=str(folder), seen=str(error)) from None
+    return found, files
+
+
+def text_for_file(conditioner: Text | Texts, places: Sequence[encoders.Place]) -> dict[str, Tensor]:
+    """The inverse: the weights of text encoders as an original file names them."""
+    found = [conditioner] if isinstance(conditioner, Text) else conditioner.texts
+    if [one.kind for one in found] != [place.kind for place in places]:
+        seen = ", ".join(one.kind for one in found)
+        raise ConfigError("the original file has other text encoders", where="--to single-file", seen=seen)
+    out: dict[str, Tensor] = {}
+    for one, place in zip(found, places, strict=True):
+        out |= encoders.write(text.published(one.encoder.state_dict(), one.kind), place)
+    return out
 
 
 def write_text(place: Path, conditioner: Text | Texts, dtype: torch.dtype) -> None:

@@ -8,7 +8,7 @@ small and badly cut pictures could be trained on without being imitated.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,8 @@ class Texts(Conditioner):
     first (FLUX). width: of the states where there is no third encoder to tell.
     zeros: the null condition is nothing but zeros, rather than the empty prompt; one that is said is still read.
     sizes: pooled is followed by sinusoids of original_size (height, width), crop (top, left) and target_size (height,
-    width) in pixels, raw fields all of them, which default to an uncut picture of the model's size.
+    width) in pixels, raw fields all of them, which default to an uncut picture of the model's size; waves: the width of
+    one number's sinusoid.
     A prompt may be longer than some encoders read, which then read its beginning, but not longer than all do.
     """
 
@@ -49,6 +50,7 @@ class Texts(Conditioner):
         width: int = 4096,
         zeros: bool = False,
         sizes: bool = False,
+        waves: int = WAVES,
     ) -> None:
         super().__init__()
         texts = [part for part in parts if isinstance(part, Text)]
@@ -57,7 +59,7 @@ class Texts(Conditioner):
         self.join, self.weights, self.width, self.zeros, self.sizes = join, weights, width, zeros, sizes
         self.fields = tuple(dict.fromkeys(part.field for part in texts)) + (SIZES if sizes else ())
         self.kept = SIZES if sizes else ()
-        self.size = (0, 0)
+        self.waves, self.size = waves, (0, 0)
 
     def forward(self, raw: Sequence[Raw]) -> Cond:
         conds = [part(raw) for part in self.texts]
@@ -68,7 +70,7 @@ class Texts(Conditioner):
         if self.sizes:
             pooled = cond["pooled"]
             numbers = torch.tensor([self._numbers(one) for one in raw], device=pooled.device)
-            told = sinusoid(numbers.flatten(), WAVES).to(pooled.dtype)
+            told = sinusoid(numbers.flatten(), self.waves).to(pooled.dtype)
             cond["pooled"] = torch.cat([pooled, told.view(len(raw), -1)], 1)
         return cond
 
@@ -109,6 +111,21 @@ class Texts(Conditioner):
     def sized(self, raw: Sequence[Raw], size: tuple[int, int]) -> list[Raw]:
         return [{ORIGINAL: size, TARGET: size, **one} for one in raw] if self.sizes else list(raw)
 
+    def change(self, **options: Any) -> None:
+        if options.get("chunks") not in (None, 1) and self.join != "channels":
+            fix = "length=512, where the model reads that much"
+            raise ConfigError("T5 reads long prompts in one window", where="text.chunks", seen=self.join, fix=fix)
+        clips = [one for one in self.texts if one.is_clip]
+        for name, value in options.items():
+            if name == "length":  # CLIP's is its own
+                reading = [one for one in self.texts if one not in clips] or clips
+            else:
+                reading = self.texts if name == "emphasis" else clips
+            if not reading:
+                raise ConfigError("only CLIP's encoders can do that", where=f"text.{name}", seen=repr(value))
+            for part in reading:
+                part.change(**{name: value})
+
     def of_size(self, size: tuple[int, int]) -> None:
         self.size = size
 
@@ -116,9 +133,9 @@ class Texts(Conditioner):
         for field in dict.fromkeys(part.field for part in self.texts):
             reading = [part for part in self.texts if part.field == field]
             for text in captions_of(raw, field):
-                if all(part.counted(text) > part.length for part in reading):
-                    longest = max(reading, key=lambda part: part.length)
-                    raise too_long(text, longest.counted(text), longest.length)
+                if all(part.counted(text) > part.most for part in reading):
+                    longest = max(reading, key=lambda part: part.most)
+                    raise too_long(text, longest.counted(text), longest.most)
         for one in raw if self.sizes else ():
             self._numbers(one)
 
@@ -149,7 +166,7 @@ class Texts(Conditioner):
         if self.join == "sd3" and sum(widths[:2]) > self.context_dim:
             seen = f"{widths[0]} and {widths[1]} into {self.context_dim}"
             raise ConfigError("two encoders are wider than the third", where="model.conditioner.width", seen=seen)
-        self.pooled_dim += 2 * len(SIZES) * WAVES if self.sizes else 0
+        self.pooled_dim += 2 * len(SIZES) * self.waves if self.sizes else 0
 
 
 def _emptied(value: Tensor, said: Sequence[bool]) -> Tensor:

@@ -40,8 +40,7 @@ def read_start(path: str | Path) -> Start:
             "there is no model to start from", where="start", seen=str(path), fix="a run, a model, or a folder"
         )
     model = load_published(folder) if is_published(folder) else load_model(folder)
-    kept = {} if model.conditioner is None else model.conditioner.files()
-    return Start(model.spec, model.weights(), kept, str(path))
+    return Start(model.spec, model.weights(), model.files(), str(path))
 
 
 def with_start(config: Config, start: Start) -> Config:
@@ -57,9 +56,8 @@ def with_start(config: Config, start: Start) -> Config:
     return config.model_copy(update=found)
 
 
-def model_of(start: Start, section: Mapping[str, Any], sampling: Mapping[str, Any], size: tuple[int, int]) -> Model:
-    """The model of a start for pictures of a size (height, width), ready to train. Takes the weights out of it."""
-    spec = {"model": section, "size": list(size), "sampling": sampling}
+def model_of(start: Start, spec: Mapping[str, Any]) -> Model:
+    """The model of a start by a spec of its own, ready to train. Takes the weights out of it."""
     with torch.random.fork_rng(devices=[]), unfilled():
         model = build_model(spec, files=start.files)
     fill_weights(model, start.weights, start.where)

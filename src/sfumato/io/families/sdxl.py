@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 
 from sfumato.codecs import Latents
-from sfumato.errors import CheckpointError, ConfigError
+from sfumato.errors import CheckpointError
 from sfumato.io import parts as shared
+from sfumato.io.families import stable_files
+from sfumato.io.families.encoders import SDXL as PLACES
+from sfumato.io.families.encoders import SDXL_REFINER
 from sfumato.io.families.stable_diffusion import read_unet, write_unet
 from sfumato.io.family import Published
+from sfumato.io.pretrained import read_json
 from sfumato.model import Model
 from sfumato.nets.stable_unet import StableUNet
 from sfumato.paths import Tabulated
@@ -72,13 +76,20 @@ class SDXL:
         shared.write_text(place, text, dtype)
 
     def knows(self, keys: Collection[str]) -> bool:
-        return False
+        return stable_files.ENTRY in keys and stable_files.TOLD_XL in keys
 
     def read_file(self, state: Mapping[str, Tensor], file: Path, parts: Path | None) -> Published:
-        raise CheckpointError("single files of SDXL are not read yet", where=str(file))
+        if SDXL_REFINER[0].within(state) and not PLACES[0].within(state):
+            raise CheckpointError("this is not SDXL's base model", where=str(file), seen="the refiner's text encoder")
+        names = ("tokenizer", "tokenizer_2")
+        lengths = [77, 77] if parts is None else [shared.tokenizer_length(parts, one) for one in names]
+        index = parts / shared.INDEX if parts is not None else None
+        told = read_json(index) if index is not None and index.is_file() else {}
+        slot = conditioner(lengths, zeros=bool(told.get("force_zeros_for_empty_prompt", True)))
+        return stable_files.read(state, file, parts, slot, {"steps": 50, "guidance": 5.0})
 
     def write_file(self, model: Model) -> dict[str, Tensor]:
-        raise ConfigError("single files of SDXL are not written yet", where="--to single-file", fix="--to diffusers")
+        return stable_files.write(model, "xl")
 
 
 INDEX: dict[str, Any] = {

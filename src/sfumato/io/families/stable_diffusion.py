@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from sfumato.codecs import Latents
-from sfumato.errors import CheckpointError, ConfigError
+from sfumato.errors import CheckpointError
 from sfumato.io import parts as shared
-from sfumato.io.families import stable
+from sfumato.io.families import stable, stable_files
 from sfumato.io.family import Published
 from sfumato.io.keymap import DIFFUSERS, OURS, renamed
 from sfumato.io.pretrained import read_json, read_state
@@ -19,9 +19,6 @@ from sfumato.nets.stable_unet import StableUNet
 from sfumato.paths import Tabulated
 from sfumato.text import Text
 from sfumato.text.joined import WAVES
-
-SHAPE = ("in_channels", "out_channels", "channels", "blocks", "depths", "middle", "heads", "context_dim")
-MORE = ("pooled_dim", "guidance_dim", "linear", "groups")
 
 
 class StableDiffusion:
@@ -72,13 +69,17 @@ class StableDiffusion:
         shared.write_text(place, text, dtype)
 
     def knows(self, keys: Collection[str]) -> bool:
-        return False
+        return stable_files.ENTRY in keys and stable_files.TOLD_XL not in keys
 
     def read_file(self, state: Mapping[str, Tensor], file: Path, parts: Path | None) -> Published:
-        raise CheckpointError("single files are not read yet", where=str(file))
+        length = 77 if parts is None else shared.tokenizer_length(parts)
+        sampling = {"steps": 50, "guidance": 7.5}
+        return stable_files.read(state, file, parts, {"kind": "text", "length": length}, sampling)
 
     def write_file(self, model: Model) -> dict[str, Tensor]:
-        raise ConfigError("single files are not written yet", where="--to single-file", fix="--to diffusers")
+        net = model.net
+        assert isinstance(net, StableUNet)
+        return stable_files.write(model, "sd2" if net.config.context_dim == stable_files.OPENCLIP else "sd1")
 
 
 INDEX: dict[str, Any] = {
@@ -106,15 +107,8 @@ def read_unet(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     each = tuple(heads) if isinstance(heads, list) else (int(heads),) * levels
     shape = stable.config_of(state, DIFFUSERS, str(folder), each, int(config.get("norm_num_groups") or 32))
     named = renamed(state, stable.lines(shape), DIFFUSERS, OURS, str(folder))
-    slot = unet_slot(shape, shared.as_size(config.get("sample_size", 64)))
+    slot = stable.slot_of(shape, shared.as_size(config.get("sample_size", 64)))
     return slot, {f"net.{key}": value for key, value in named.items()}
-
-
-def unet_slot(shape: stable.StableUNetConfig, size: int | list[int]) -> dict[str, Any]:
-    """The slot of a network of this shape. size: of its latents."""
-    slot = {name: getattr(shape, name) for name in (*SHAPE, *MORE)}
-    slot = {name: list(value) if isinstance(value, tuple) else value for name, value in slot.items()}
-    return slot | {"kind": "stable_unet", "size": size}
 
 
 def write_unet(folder: Path, net: StableUNet, dtype: torch.dtype) -> None:
