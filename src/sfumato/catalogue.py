@@ -57,6 +57,7 @@ PREDICTIONS = {
 }
 TIME_INPUTS = {
     "time": "sfumato.denoiser:as_time",
+    "reversed": "sfumato.denoiser:as_reversed",
     "thousandths": "sfumato.denoiser:as_thousandths",
     "index": "sfumato.denoiser:as_index",
     "log_level": "sfumato.denoiser:as_log_level",
@@ -174,6 +175,7 @@ CODECS = {
 }
 CONDITIONERS = {
     "labels": "sfumato.conditioners:Labels",
+    "sizes": "sfumato.conditioners:Sizes",
     "prompts": "sfumato.conditioners:Prompts",
     "joined": "sfumato.conditioners:Joined",
     "text": "sfumato.text:Text",
@@ -184,6 +186,8 @@ FAMILIES = {
     "flux": "sfumato.io.families.flux1:Flux1",
     "sdxl": "sfumato.io.families.sdxl:SDXL",
     "stable_diffusion_3": "sfumato.io.families.stable_diffusion_3:StableDiffusion3",
+    "dit": "sfumato.io.families.dit:DiTFamily",
+    "pixart": "sfumato.io.families.pixart:PixArt",
 }
 # The names of a network's weights elsewhere, by its kind: a function of its config, for adapters (`sfumato.adapters`)
 NAME_TABLES = {

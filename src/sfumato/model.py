@@ -13,7 +13,7 @@ from sfumato.catalogue import KINDS, build
 from sfumato.codecs import Codec, Latents
 from sfumato.conditioners import Conditioner, Raw
 from sfumato.config import FILLED_IN
-from sfumato.denoiser import Cond, Denoiser
+from sfumato.denoiser import VARIANCE, Cond, Denoiser
 from sfumato.errors import ConfigError, MachineError
 from sfumato.objectives.autoencoding import Opponents
 from sfumato.registry import options_of, target_of
@@ -122,9 +122,14 @@ class Model(Trainable):
         """What the network is told for some raw conditions."""
         return {} if self.conditioner is None else self.conditioner(raw)
 
-    def forward(self, x_t: Tensor, t: float | Tensor, cond: Cond | None = None) -> Tensor:
-        """E[x0 | x_t]."""
-        answer: Tensor = self.denoiser(x_t, t, cond)
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """What it can be asked for, see `sfumato.denoiser.Denoise`."""
+        return self.denoiser.answers
+
+    def forward(self, x_t: Tensor, t: float | Tensor, cond: Cond | None = None, *, to: str | None = None) -> Tensor:
+        """E[x0 | x_t], or another of the `answers`."""
+        answer: Tensor = self.denoiser(x_t, t, cond, to=to)
         return answer
 
     def parts(self) -> dict[str, nn.Module]:
@@ -217,7 +222,7 @@ def build_model(spec: Mapping[str, Any], source: Any = None, files: Mapping[str,
 
     The conditioner learns its vocabulary from `source`, a data source, or takes it from `files` that it wrote once.
     What the network must know of its neighbours (`in_channels`, `context_dim`, `pooled_dim`, `classes`) is filled in
-    from them.
+    from them, and `out_channels` from what the model is to answer.
     """
     section = spec["model"]
     codec = build(section["codec"], "Codec")
@@ -232,6 +237,9 @@ def build_model(spec: Mapping[str, Any], source: Any = None, files: Mapping[str,
         conditioner.of_size((height, width))
     known = {"size": (inner_height, inner_width), "in_channels": channels}
     known |= {name: getattr(conditioner, name, 0) for name in FILLED_IN[1:]}
+    answers = tuple(section.get("answers") or ("x0",))
+    if VARIANCE in answers:
+        known["out_channels"] = 2 * channels
     net = build(_filled(section["net"], known), "Net")
     denoiser = Denoiser(
         net,
@@ -239,6 +247,7 @@ def build_model(spec: Mapping[str, Any], source: Any = None, files: Mapping[str,
         build(section["prediction"], "Prediction"),
         build(section["time_input"], "TimeInput"),
         build(section["scale_input"], "ScaleInput"),
+        answers,
     )
     return Model(denoiser, conditioner, codec, spec)
 
