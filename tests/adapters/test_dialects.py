@@ -192,7 +192,7 @@ def test_names_flattened_are_those_of_one_layer(parts: list[Part]) -> None:
 @pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl"])
 def test_the_architecture_is_told_by_names_and_shapes(tmp_path: Path, name: str) -> None:
     """At full size: of the words' width, which is SD 1's, 2's or XL's alone."""
-    made: Architecture = next(one for one in parts_module.architectures() if one.name == name)
+    made: Architecture = next(one for one in parts_module.architectures() if one.name == f"stable_unet {name}")
     net = made.parts[0]
     changes = {}
     for layer in [key for key in net.shapes if key.endswith("cross.k")][::9]:
@@ -202,7 +202,7 @@ def test_the_architecture_is_told_by_names_and_shapes(tmp_path: Path, name: str)
         file = write_adapter(tmp_path / f"{dialect}.safetensors", Adapter(changes), made.parts, dialect)
         found, architecture = recognised(file)
         same(found, Adapter(changes))
-        assert architecture.name == name
+        assert architecture.name == f"stable_unet {name}"
     flat = "lora_unet_input_blocks_" if name == "sdxl" else "lora_unet_down_blocks_"
     assert any(key.startswith(flat) for key in load_file(tmp_path / "kohya.safetensors"))
 

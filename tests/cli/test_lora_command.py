@@ -34,7 +34,7 @@ def run(tiny_run: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def published(tmp_path: Path) -> Path:
     """An adapter of two layers of Stable Diffusion 1, as kohya's scripts write it."""
-    made = next(one for one in architectures() if one.name == "sd15")
+    made = next(one for one in architectures() if one.name == "stable_unet sd15")
     changes = {}
     for layer in [key for key in made.parts[0].shapes if key.endswith("cross.v")][:2]:
         out, inside = made.parts[0].shapes[layer]
@@ -44,7 +44,7 @@ def published(tmp_path: Path) -> Path:
 
 def test_what_an_adapter_is(sfumato: Command, run: Path, published: Path) -> None:
     said = sfumato("lora", "inspect", published, "--json").data
-    assert said["dialect"] == "kohya" and said["for"] == "sd15" and said["layers"] == 2
+    assert said["dialect"] == "kohya" and said["for"] == "stable_unet sd15" and said["layers"] == 2
     assert said["ranks"] == [4] and said["alphas"] == [2.0] and said["dora"] is False and said["parts"] == {"net": 2}
     assert said["metadata"]["ss_network_dim"] == "4" and said["metadata"]["ss_base_model_version"] == "sd_v1"
     text = sfumato("lora", "inspect", published).out
@@ -57,7 +57,7 @@ def test_what_an_adapter_is(sfumato: Command, run: Path, published: Path) -> Non
 
 def test_other_dialects(sfumato: Command, run: Path, published: Path) -> None:
     outcome = sfumato("lora", "convert", published, "d.safetensors", "--to", "diffusers", "--dtype", "fp16")
-    assert outcome.code == 0 and "2 layers from kohya's names to diffusers's, for sd15" in outcome.err
+    assert outcome.code == 0 and "2 layers from kohya's names to diffusers's, for stable_unet sd15" in outcome.err
     there = load_file("d.safetensors")
     assert all(key.startswith("unet.down_blocks.") for key in there)
     assert {value.dtype for value in there.values()} == {torch.float16}

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.adapters.tuned import random_adapter, same
 from tests.clip import randomised
-from tests.parity import test_flux, test_sd3
+from tests.parity import test_flux, test_pixart, test_sd3
 from torch import Tensor
 
 from sfumato.adapters.factors import Factors
@@ -18,8 +18,9 @@ from sfumato.adapters.moving import moved
 from sfumato.adapters.parts import Part, net_part
 from sfumato.adapters.reading import Adapter, read_adapter
 from sfumato.adapters.writing import write_adapter
-from sfumato.io.families import flux, sd3
+from sfumato.io.families import flux, pixart, sd3
 from sfumato.io.keymap import DIFFUSERS, ORIGINAL, OURS, renamed
+from sfumato.nets.dit import DiT
 from sfumato.nets.flux import PRESETS, Flux
 from sfumato.nets.mmdit import MMDiT
 
@@ -46,11 +47,22 @@ def small_sd3() -> tuple[Any, MMDiT, Any]:
     return peer, ours, test_sd3.answers
 
 
-MADE = {"flux": small_flux, "mmdit": small_sd3}
+def small_pixart() -> tuple[Any, DiT, Any]:
+    """Ours fuses keys and values, of which the others keep each apart, or all three together."""
+    config = test_pixart.KINDS["sizes"]
+    peer = test_pixart.peer_of(config)
+    ours = DiT(config).eval()
+    state = {key: value for key, value in peer.state_dict().items() if key != "pos_embed.pos_embed"}
+    ours.load_state_dict(renamed(state, pixart.lines(config), DIFFUSERS, OURS, "here"))
+    return peer, ours, test_pixart.answers
+
+
+LOADED = {"flux": small_flux, "mmdit": small_sd3}  # diffusers has no loader for PixArt's
+MADE = {**LOADED, "dit": small_pixart}
 
 
 @pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("kind", MADE)
+@pytest.mark.parametrize("kind", LOADED)
 def test_what_we_write_has_the_same_effect_in_diffusers(kind: str, dora: bool, tmp_path: Path) -> None:
     """Every layer, of several ranks and alphas."""
     peer, ours, answers = MADE[kind]()
@@ -67,21 +79,49 @@ def test_what_we_write_has_the_same_effect_in_diffusers(kind: str, dora: bool, t
     torch.testing.assert_close(here, theirs, **CLOSE)
 
 
-@pytest.mark.parametrize("kind", MADE)
+@pytest.mark.parametrize("kind", LOADED)
 def test_what_diffusers_writes_has_the_same_effect_here(kind: str, tmp_path: Path) -> None:
     peer, ours, answers = MADE[kind]()
     peer.add_adapter(peft.LoraConfig(r=2, lora_alpha=3, target_modules=["to_q", "add_v_proj", "proj_out", "linear"]))
-    rng = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, p in peer.named_parameters():
-            if "lora_" in name:
-                p.copy_(torch.randn(p.shape, generator=rng) * 0.3)
+    stir(peer)
     peer.save_lora_adapter(tmp_path)
     adapter = read_adapter(tmp_path, [net_part(ours, kind)])
     assert {one.scale for one in adapter.changes.values()} == {1.5}
     inject(ours, "theirs", adapter.of("net"))
     theirs, here = answers(peer, ours)
     torch.testing.assert_close(here, theirs, **CLOSE)
+
+
+def stir(peer: Any) -> None:
+    rng = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, p in peer.named_parameters():
+            if "lora_" in name:
+                p.copy_(torch.randn(p.shape, generator=rng) * 0.3)
+
+
+def test_pefts_folders_of_pixart_both_ways(tmp_path: Path) -> None:
+    """Keys and values are one layer here and two there; both with one A, and with an A for each."""
+    peer, ours, answers = small_pixart()
+    part = net_part(ours, "dit")
+    adapter = random_adapter([part])
+    write_adapter(tmp_path / "ours", adapter, [part], "peft")
+    theirs = peft.PeftModel.from_pretrained(peer, tmp_path / "ours").eval()
+    before = answers(peer, ours)[1]
+    inject(ours, "a", adapter.of("net"))
+    told_, here = answers(theirs, ours)
+    torch.testing.assert_close(here, told_, **CLOSE)
+    assert float((here - before).abs().max()) > 0.05
+    peer, ours, _ = small_pixart()
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["to_q", "to_k", "to_v", "to_out.0", "proj"])
+    theirs = peft.get_peft_model(peer, config)
+    stir(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    adapter = read_adapter(tmp_path / "theirs", [net_part(ours, "dit")])
+    assert {one.rank for name, one in adapter.changes.items() if name.endswith("kv")} == {4}
+    inject(ours, "a", adapter.of("net"))
+    told_, here = answers(theirs.eval(), ours)
+    torch.testing.assert_close(here, told_, **CLOSE)
 
 
 @pytest.mark.parametrize("kind", MADE)

@@ -3,11 +3,11 @@
 W' = W + s (alpha / r) B A (Hu et al. 2022); DoRA (Liu et al. 2024) also gives every row of the sum a length of its own,
 the magnitude m: W' = m (W + s (alpha / r) B A) / |W + s (alpha / r) B A|. Layers that one layout fuses and another
 keeps apart share rows, never columns: a change of the fused layer is split by the rows of B, with A for each; changes
-of the parts are joined with all A one above another and the B along the diagonal. Columns of B that are all zero are
-left out with their rows of A, so that splitting undoes joining.
+of the parts are joined with each A that occurs one above another, and the B beside one another where their A are.
+Columns of B that are all zero are left out with their rows of A, so that splitting undoes joining.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -51,14 +51,14 @@ class Factors:
         lengths = torch.linalg.vector_norm((weight.to(change.dtype) + change).flatten(1), dim=1)
         return (self.magnitude.to(change) / lengths).view(-1, *(1,) * (weight.ndim - 1))
 
-    def shaped(self, shape: Sequence[int]) -> "Factors":
-        """For a weight of this shape: a linear layer and a convolution of 1x1 have the same numbers."""
-        return replace(self, down=self.down.reshape(self.rank, *shape[1:]))
+    def shaped(self, inside: Sequence[int]) -> "Factors":
+        """For a weight (out, *inside): a linear layer and a convolution of one place have the same numbers."""
+        return replace(self, down=self.down.reshape(self.rank, *inside))
 
-    def swapped(self) -> "Factors":
-        """With the second half of the rows first."""
-        magnitude = None if self.magnitude is None else _swapped(self.magnitude)
-        return replace(self, up=_swapped(self.up), magnitude=magnitude)
+    def with_rows(self, arranged: Callable[[Tensor], Tensor]) -> "Factors":
+        """With its rows in another order."""
+        magnitude = None if self.magnitude is None else arranged(self.magnitude)
+        return replace(self, up=arranged(self.up), magnitude=magnitude)
 
 
 def merged(weight: Tensor, changes: Sequence[tuple[Factors, float]]) -> Tensor:
@@ -77,40 +77,33 @@ def merged(weight: Tensor, changes: Sequence[tuple[Factors, float]]) -> Tensor:
     return out
 
 
-def _swapped(rows: Tensor) -> Tensor:
-    return torch.cat(rows.chunk(2)[::-1])
-
-
 def joined(parts: Sequence[Factors | None], rows: Sequence[int], where: str) -> Factors:
     """One change for layers whose rows stand one below another; None for a layer that is not changed.
 
     rows: of each layer. CheckpointError for a DoRA of which a layer is not changed: the lengths of its rows are known
     to the model alone.
     """
-    there = [part for part in parts if part is not None]
     magnitude = _joined_magnitude(parts, where)
-    first = there[0]
-    if all(_shares(first, part) for part in there[1:]):
-        up = torch.cat([_rows(part.up if part else None, n, first.up) for part, n in zip(parts, rows, strict=True)])
-        return Factors(first.down, up, first.alpha, magnitude)
+    there = [part for part in parts if part is not None]
+    blocks: list[Factors] = []  # one for each A that occurs
+    for one in there:
+        if not any(_shares(one, known) for known in blocks):
+            blocks.append(one)
     even = len({part.scale for part in there}) == 1
-    down = torch.cat([part.down for part in there])
-    up, column, row = first.up.new_zeros(sum(rows), len(down)), 0, 0
+    starts = [sum(known.rank for known in blocks[:i]) for i in range(len(blocks) + 1)]
+    up, row = there[0].up.new_zeros(sum(rows), starts[-1]), 0
     for part, n in zip(parts, rows, strict=True):
         if part is not None:
-            up[row : row + n, column : column + part.rank] = part.up if even else part.up * part.scale
-            column += part.rank
+            start = starts[next(i for i, known in enumerate(blocks) if _shares(part, known))]
+            up[row : row + n, start : start + part.rank] = part.up if even else part.up * part.scale
         row += n
-    return Factors(down, up, len(down) * (first.scale if even else 1.0), magnitude)
+    alpha = starts[-1] * (there[0].scale if even else 1.0)
+    return Factors(torch.cat([known.down for known in blocks]), up, alpha, magnitude)
 
 
 def _shares(one: Factors, other: Factors) -> bool:
     """Whether two changes have the same A, as those have that were split."""
     return one.alpha == other.alpha and one.down.shape == other.down.shape and bool((one.down == other.down).all())
-
-
-def _rows(up: Tensor | None, n: int, like: Tensor) -> Tensor:
-    return like.new_zeros(n, like.shape[1]) if up is None else up
 
 
 def _joined_magnitude(parts: Sequence[Factors | None], where: str) -> Tensor | None:

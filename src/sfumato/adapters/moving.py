@@ -4,12 +4,15 @@ The same tables move whole checkpoints (`sfumato.io.keymap`). A change of a fuse
 layers that are fused elsewhere are joined; what of a fused layer is not changed stays unchanged.
 """
 
+import math
 from collections.abc import Mapping
+
+import torch
 
 from sfumato.adapters.factors import Factors, joined, split
 from sfumato.adapters.parts import Part
 from sfumato.errors import CheckpointError
-from sfumato.io.keymap import OURS, Line, some
+from sfumato.io.keymap import OURS, Line, repacked, some
 
 
 def moved(changes: Mapping[str, Factors], part: Part, source: str, target: str, where: str) -> dict[str, Factors]:
@@ -45,14 +48,7 @@ def moved(changes: Mapping[str, Factors], part: Part, source: str, target: str, 
 
 def fits(one: Factors, rows: int, shape: tuple[int, ...]) -> bool:
     """Whether a change is one of a weight of this shape, of so many rows, but for kernels of 1x1."""
-    return len(one.up) == rows and one.down[0].numel() == _product(shape[1:]) and one.up.shape[1] == one.rank
-
-
-def _product(numbers: tuple[int, ...]) -> int:
-    found = 1
-    for n in numbers:
-        found *= n
-    return found
+    return len(one.up) == rows and one.down[0].numel() == math.prod(shape[1:]) and one.up.shape[1] == one.rank
 
 
 def _seen(one: Factors) -> str:
@@ -67,9 +63,14 @@ def _across(
     dealt = line.rows(target, sum(rows)) if len(names) > 1 else [sum(rows)]
     if dealt != rows:
         there = split(joined(there, rows, where), dealt)
-    shape = part.shapes[own[0]]
+    inside = part.shapes[own[0]][1:]
     if (target in line.square) != (OURS in line.square):
-        shape = shape[:2] if target not in line.square else (*shape[:2], 1, 1)
-    turned = (source in line.swapped) != (target in line.swapped)
-    found = {name: one.shaped(shape) for name, one in zip(names, there, strict=True) if one is not None}
-    return {name: one.swapped() if turned else one for name, one in found.items()}
+        side = line.side
+        inside = (inside[0] // side**2, side, side) if target in line.square else (math.prod(inside),)
+    found = {name: one.shaped(inside) for name, one in zip(names, there, strict=True) if one is not None}
+    if (source in line.swapped) != (target in line.swapped):
+        found = {name: one.with_rows(lambda rows: torch.cat(rows.chunk(2)[::-1])) for name, one in found.items()}
+    if (source in line.inner) != (target in line.inner):
+        fast = source in line.inner
+        found = {name: one.with_rows(lambda rows: repacked(rows, line.side, fast)) for name, one in found.items()}
+    return found

@@ -83,9 +83,9 @@ def parts_of(model: Model) -> list[Part]:
 def net_part(net: nn.Module, kind: str | None) -> Part:
     """The part of a network, by its kind in the catalogue."""
     shapes = shapes_of(net)
-    if kind not in NAME_TABLES:
+    table = _table(kind, net, shapes)
+    if not table:
         return _plain(NET, shapes, net)
-    table = resolve(NAME_TABLES[kind])(net.config)
     name = UNET if kind == "stable_unet" else TRANSFORMER
     # kohya's scripts train SD 1 and 2 in diffusers' shape, everything later in the original's
     early = name == UNET and not getattr(net.config, "pooled_dim", 0)
@@ -93,7 +93,7 @@ def net_part(net: nn.Module, kind: str | None) -> Part:
         NET,
         name,
         ("lora_unet", "lora_transformer", "lora_prior_unet", "lycoris"),
-        _of_layers(table, shapes),
+        table,
         shapes,
         DIFFUSERS if early else ORIGINAL,
         net,
@@ -101,8 +101,14 @@ def net_part(net: nn.Module, kind: str | None) -> Part:
     )
 
 
-def _of_layers(table: Sequence[Line], shapes: Mapping[str, Shape]) -> list[Line]:
-    return [one for one in table if "weight" in one.leaves and all(name in shapes for name in one.names[OURS])]
+def _table(kind: str | None, net: Any, shapes: Mapping[str, Shape]) -> list[Line]:
+    """The lines of its layers, where there is a table that has them all."""
+    for target in NAME_TABLES.get(str(kind), ()):
+        table = resolve(target)(net.config)
+        lines = [one for one in table if "weight" in one.leaves and all(name in shapes for name in one.names[OURS])]
+        if {name for one in lines for name in one.names[OURS]} == set(shapes):
+            return lines
+    return []
 
 
 def _plain(home: str, shapes: Mapping[str, Shape], module: nn.Module | None) -> Part:
@@ -172,12 +178,16 @@ def architectures() -> Iterator[Architecture]:
         for preset, config in resolve(NETS[kind].partition(":")[0] + ":PRESETS").items():
             with torch.device("meta"):
                 made = net_part(net(config), kind)
-            clips = CLIPS.get(getattr(config, "context_dim", 0), CLIPS[768] if kind == "flux" else CLIPS[2048])
-            yield Architecture(preset, (made, *(_clip_part(i, *size) for i, size in enumerate(clips))))
+            clips = [_clip_part(i, *size) for i, size in enumerate(_clips(kind, config))]
+            yield Architecture(f"{kind} {preset}", (made, *clips))
 
 
-# Depth and width of the CLIP encoders beside a network, by the width of what it attends to
-CLIPS = {768: ((12, 768),), 1024: ((23, 1024),), 2048: ((12, 768), (32, 1280))}
+def _clips(kind: str, config: Any) -> tuple[tuple[int, int], ...]:
+    """Depth and width of the CLIP encoders beside a published network."""
+    small, large = (12, 768), (32, 1280)
+    if kind == "stable_unet":
+        return {768: (small,), 1024: ((23, 1024),)}.get(config.context_dim, (small, large))
+    return {"flux": (small,), "mmdit": (small, large)}.get(kind, ())
 
 
 def _clip_part(i: int, depth: int, width: int) -> Part:
