@@ -118,11 +118,11 @@ def _moved(parts: list[Tensor], one: Line, leaf: str, source: str, target: str) 
     if (source in one.swapped) != (target in one.swapped):
         parts = [torch.cat(part.chunk(2)[::-1]) for part in parts]
     if (source in one.inner) != (target in one.inner):
-        parts = [_repacked(part, one.side, source in one.inner) for part in parts]
+        parts = [repacked(part, one.side, source in one.inner) for part in parts]
     return dict(zip(names, parts, strict=True))
 
 
-def _repacked(rows: Tensor, side: int, inner: bool) -> Tensor:
+def repacked(rows: Tensor, side: int, inner: bool) -> Tensor:
     """The rows of a patch counted the other way. inner: channels run fastest now."""
     shape = (side, side, -1) if inner else (-1, side, side)
     return rows.unflatten(0, shape).movedim(*((2, 0) if inner else (0, 2))).flatten(0, 2)

@@ -129,13 +129,15 @@ def _slot(said: Any) -> Mapping[str, Any]:
     return said if isinstance(said, Mapping) else {"kind": said}
 
 
-def write_table(place: Path, path: Tabulated, prediction: str, sampling: Mapping[str, Any] | None = None) -> None:
+def write_table(place: Path, path: Tabulated, prediction: Any, sampling: Mapping[str, Any] | None = None) -> None:
     """The scheduler of a table of betas. ConfigError where diffusers has none like it.
 
+    prediction: its slot, a name or a mapping with `kind`, as what was trained here has it.
     sampling: what the model recommends, as far as diffusers can say it; Stable Diffusion's way of DDIM if not said.
     """
     theirs = {ours: name for name, ours in PREDICTIONS.items()}
     schedules = {ours: name for name, ours in SCHEDULES.items()}
+    prediction = str(_slot(prediction)["kind"])
     if prediction not in theirs or path.betas not in schedules:
         seen = f"prediction {prediction}, betas {path.betas}"
         raise ConfigError("diffusers' table-based schedulers have no such model", where="--to diffusers", seen=seen)

@@ -63,7 +63,7 @@ class StableDiffusion:
         assert isinstance(net, StableUNet) and isinstance(codec, Latents)
         assert isinstance(text, Text) and isinstance(path, Tabulated)
         shared.write_index(place, self.pipelines[0], INDEX, model)
-        shared.write_table(place, path, str(model.spec["model"]["prediction"]))
+        shared.write_table(place, path, model.spec["model"]["prediction"])
         write_unet(place / "unet", net, dtype)
         shared.write_vae(place, codec, dtype)
         shared.write_text(place, text, dtype)
