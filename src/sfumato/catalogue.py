@@ -60,6 +60,7 @@ TIME_INPUTS = {
     "thousandths": "sfumato.denoiser:as_thousandths",
     "index": "sfumato.denoiser:as_index",
     "log_level": "sfumato.denoiser:as_log_level",
+    "log_level_thousandths": "sfumato.denoiser:as_log_level_thousandths",
 }
 SCALE_INPUTS = {"unit_variance": "sfumato.denoiser:unit_variance()"}
 DENSITIES = {
@@ -99,6 +100,7 @@ GRIDS = {
     "leading": "sfumato.grids:leading",
     "linspace": "sfumato.grids:linspace",
     "lcm": "sfumato.grids:lcm",
+    "consistency": "sfumato.grids:consistency",
     "shifted": "sfumato.grids:shifted",
     "dynamic_shift": "sfumato.grids:dynamic_shift",
     "ending": "sfumato.grids:ending",
@@ -159,6 +161,7 @@ NETS = {
     "dit": "sfumato.nets.dit:DiT",
     "mmdit": "sfumato.nets.mmdit:MMDiT",
     "stable_unet": "sfumato.nets.stable_unet:StableUNet",
+    "pixel_unet": "sfumato.nets.pixel_unet:PixelUNet",
     "flux": "sfumato.nets.flux:Flux",
 }
 CODECS = {"pixels": "sfumato.codecs:Pixels", "latents": "sfumato.codecs:Latents"}
