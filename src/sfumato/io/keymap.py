@@ -29,6 +29,9 @@ class Line:
     swapped: the layouts that keep the second half of its rows first.
     leaves: of the module; ("",) for a bare parameter, whose name is the whole key.
     turned: the layouts that keep its matrix (in, out) rather than (out, in).
+    long: the layouts that keep its weight (out, in) as (out, in, 1), a convolution of one axis.
+    by_head: the layouts whose rows, those of queries, keys and values, are dealt out to `heads` first; others have all
+    queries first.
     """
 
     names: Mapping[str, tuple[str, ...]]
@@ -37,6 +40,9 @@ class Line:
     shares: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     leaves: tuple[str, ...] = LEAVES
     turned: frozenset[str] = frozenset()
+    long: frozenset[str] = frozenset()
+    by_head: frozenset[str] = frozenset()
+    heads: int = 1
 
     def keys(self, layout: str) -> set[str]:
         """All keys that this line may have in a layout."""
@@ -55,12 +61,16 @@ def line(
     turned: Iterable[str] = (),
     shares: Mapping[str, tuple[int, ...]] | None = None,
     bare: bool = False,
+    long: Iterable[str] = (),
+    by_head: Iterable[str] = (),
+    heads: int = 1,
     **names: str | tuple[str, ...],
 ) -> Line:
     """A line, from the name or the names in each layout."""
     each = {layout: (name,) if isinstance(name, str) else name for layout, name in names.items()}
     leaves = ("",) if bare else LEAVES
-    return Line(each, frozenset(square), frozenset(swapped), shares or {}, leaves, frozenset(turned))
+    rest = (frozenset(turned), frozenset(long), frozenset(by_head), heads)
+    return Line(each, frozenset(square), frozenset(swapped), shares or {}, leaves, *rest)
 
 
 def renamed(
@@ -100,8 +110,12 @@ def renamed(
 def _moved(parts: list[Tensor], one: Line, leaf: str, source: str, target: str) -> dict[str, Tensor]:
     if leaf == "weight" and (source in one.square) != (target in one.square):
         parts = [part.flatten(1) if source in one.square else part[:, :, None, None] for part in parts]
+    if leaf == "weight" and (source in one.long) != (target in one.long):
+        parts = [part.flatten(1) if source in one.long else part[:, :, None] for part in parts]
     if (source in one.turned) != (target in one.turned):
         parts = [part.mT.contiguous() if part.ndim > 1 else part for part in parts]
+    if (source in one.by_head) != (target in one.by_head):
+        parts = [_regrouped(torch.cat(parts), one.heads, source in one.by_head)]
     names = [_key(name, leaf) for name in one.names[target]]
     dealt = one.rows(target, sum(len(part) for part in parts)) if len(names) > 1 or len(parts) > 1 else []
     if dealt and dealt != [len(part) for part in parts]:
@@ -110,6 +124,11 @@ def _moved(parts: list[Tensor], one: Line, leaf: str, source: str, target: str) 
     if (source in one.swapped) != (target in one.swapped):
         parts = [torch.cat(part.chunk(2)[::-1]) for part in parts]
     return dict(zip(names, parts, strict=True))
+
+
+def _regrouped(rows: Tensor, heads: int, by_head: bool) -> Tensor:
+    """Rows of queries, keys and values counted the other way. by_head: heads run slowest now."""
+    return rows.unflatten(0, (heads, 3, -1) if by_head else (3, heads, -1)).transpose(0, 1).flatten(0, 2)
 
 
 def _key(name: str, leaf: str) -> str:

@@ -1,4 +1,4 @@
-"""The U-Net of DDPM (Ho et al. 2020), ADM (Dhariwal & Nichol 2021) and consistency models, as published weights need it.
+"""The U-Net of DDPM (Ho et al. 2020), ADM (Dhariwal & Nichol 2021) and consistency models, for published weights.
 
 Residual blocks on every level, self-attention over the places of the levels that have any, and every feature map of
 the way down joined to its partner on the way up. DDPM adds the time between a block's two convolutions, and halves and
@@ -73,9 +73,7 @@ PRESETS = {
     "ddpm-32": _DDPM,
     "ddpm-256": replace(_DDPM, size=256, channels=(128, 128, 256, 256, 512, 512), heads=(0, 0, 0, 0, 1, 0)),
     "adm-64": _ADM,
-    "adm-128": replace(
-        _ADM, size=128, channels=(256, 256, 512, 768, 1024), blocks=2, heads=(0, 0, 4, 4, 4), middle=4
-    ),
+    "adm-128": replace(_ADM, size=128, channels=(256, 256, 512, 768, 1024), blocks=2, heads=(0, 0, 4, 4, 4), middle=4),
     "adm-256": _ADM_256,
     "adm-256-unconditional": replace(_ADM_256, classes=0),
     "adm-512": replace(
@@ -136,9 +134,7 @@ class PixelUNet(nn.Module):
     def _summary(self, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
         """What residual blocks are told, (B, dim)."""
         config = self.config
-        waves = sinusoid(
-            t, _frequencies(config), sines_first=config.sines_first, include_end=config.include_end
-        )
+        waves = sinusoid(t, _frequencies(config), sines_first=config.sines_first, include_end=config.include_end)
         summary: Tensor = self.time(waves.to(x.dtype))
         if self.label is not None:
             if label is None and not config.null:

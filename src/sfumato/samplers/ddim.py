@@ -35,10 +35,8 @@ def ddim(
             x0 = x0.clamp(-clip, clip)
             answer = x0 if clipped_noise else answer
         fresh = eta * posterior_std(table, i)
-        if fresh == 0:
-            mean = ddim_step(x, answer, table, i, i + 1)
-        else:  # what is left of the old noise keeps the variance at sigma^2
-            mean = ddim_move(table, i, fresh).mean(x, answer)
+        # with noise, what is left of the old keeps the variance at sigma^2
+        mean = ddim_step(x, answer, table, i, i + 1) if fresh == 0 else ddim_move(table, i, fresh).mean(x, answer)
         if answer is not x0:
             mean = torch.add(mean, x0 - answer, alpha=table.alpha[i + 1])
         x = mean if fresh == 0 else (yield Draw(mean, fresh))
