@@ -71,6 +71,21 @@ def test_hidden_layers_of_any_model_side_by_side_behind_a_template(language: Pat
 
 
 @torch.no_grad()
+def test_of_what_is_not_said_no_word_counts_if_silence_is_told(language: Path) -> None:
+    """An empty prompt that is said has its end, as ever."""
+    said = [{"caption": "red"}, {"caption": ""}, {}]
+    quiet, plain = (
+        prepared(Text(weights=str(language), length=10, layers=(-1,), masked=True, silent=silent))(said)
+        for silent in (True, False)
+    )
+    assert torch.equal(quiet["context"], plain["context"])
+    assert torch.equal(quiet["context_mask"][:2], plain["context_mask"][:2])
+    assert not quiet["context_mask"][2].any() and torch.equal(plain["context_mask"][2], plain["context_mask"][1])
+    with pytest.raises(ConfigError, match="told by the mask"):
+        Text(silent=True)
+
+
+@torch.no_grad()
 def test_a_language_model_travels(language: Path) -> None:
     made = prepared(Text(weights=str(language), length=10))
     again = Text(length=10)

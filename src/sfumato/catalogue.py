@@ -57,6 +57,7 @@ PREDICTIONS = {
 }
 TIME_INPUTS = {
     "time": "sfumato.denoiser:as_time",
+    "reversed": "sfumato.denoiser:as_reversed",
     "thousandths": "sfumato.denoiser:as_thousandths",
     "index": "sfumato.denoiser:as_index",
     "log_level": "sfumato.denoiser:as_log_level",
@@ -83,7 +84,13 @@ WEIGHTS = {
 OBJECTIVES = {
     "denoising": "sfumato.objectives.denoising:Denoising",
     "vdm": "sfumato.objectives.vdm:VDM",
+    "autoencoder": "sfumato.objectives.autoencoding:Autoencoding",
 }
+DISTANCES = {
+    "laplacian": "sfumato.objectives.distances:Laplacian",
+    "ssim": "sfumato.objectives.distances:StructuralSimilarity",
+}
+DISCRIMINATORS = {"patch": "sfumato.nets.discriminator:PatchDiscriminator"}
 GRIDS = {
     "logistic": "sfumato.grids:logistic",
     "explicit": "sfumato.grids:explicit",
@@ -164,9 +171,14 @@ NETS = {
     "pixel_unet": "sfumato.nets.pixel_unet:PixelUNet",
     "flux": "sfumato.nets.flux:Flux",
 }
-CODECS = {"pixels": "sfumato.codecs:Pixels", "latents": "sfumato.codecs:Latents"}
+CODECS = {
+    "pixels": "sfumato.codecs:Pixels",
+    "latents": "sfumato.codecs:Latents",
+    "tiny_latents": "sfumato.codecs:TinyLatents",
+}
 CONDITIONERS = {
     "labels": "sfumato.conditioners:Labels",
+    "sizes": "sfumato.conditioners:Sizes",
     "prompts": "sfumato.conditioners:Prompts",
     "joined": "sfumato.conditioners:Joined",
     "text": "sfumato.text:Text",
@@ -177,6 +189,8 @@ FAMILIES = {
     "flux": "sfumato.io.families.flux1:Flux1",
     "sdxl": "sfumato.io.families.sdxl:SDXL",
     "stable_diffusion_3": "sfumato.io.families.stable_diffusion_3:StableDiffusion3",
+    "dit": "sfumato.io.families.dit:DiTFamily",
+    "pixart": "sfumato.io.families.pixart:PixArt",
 }
 DATA = {"scenes": "sfumato.data.scenes:Scenes", "folder": "sfumato.data.folder:Folder"}
 OPTIMIZERS = {"adamw": "sfumato.train.optim:adamw", "muon": "sfumato.train.optim:muon"}
@@ -191,6 +205,8 @@ KINDS: Mapping[str, Mapping[str, str]] = {
     "Uniform": DENSITIES,  # `Stratified.of` takes only some densities, and names them
     "Weight": WEIGHTS,
     "Objective": OBJECTIVES,
+    "Distance": DISTANCES,
+    "Discriminator": DISCRIMINATORS,
     "Grid": GRIDS,
     "Guidance": GUIDANCES,
     "LogProb": {},  # the user's own

@@ -20,6 +20,7 @@ from sfumato.errors import CheckpointError, ConfigError, DataError, nearest
 from sfumato.nets.layers import Attention, FeedForward
 
 Raw = Mapping[str, object]
+SIZE = "original_size"  # the raw field that tells how large a picture was
 
 
 @runtime_checkable
@@ -100,7 +101,8 @@ def told_of_cuts(lengths: Mapping[int, int], most: int) -> tuple[str, ...]:
 class Labels(Conditioner):
     """A class for each picture: {"label": 3}, or by name when the data has names. Cond: label (B,) int64.
 
-    classes: how many; 0 asks the data. The null label is `classes`, the network's last embedding.
+    classes: how many; 0 asks the data. The null label is `classes`, the network's last embedding. A name with commas
+    is known by each of its parts, too, as ImageNet's are ("goldfish, Carassius auratus").
     """
 
     fields = ("label",)
@@ -151,17 +153,69 @@ class Labels(Conditioner):
     def _index(self, label: object) -> int:
         if label is None:
             return self.classes
-        if isinstance(label, str) and label in self.names:
-            return self.names.index(label)
+        if isinstance(label, str) and (named := self._named(label)) is not None:
+            return named
         try:
             index = int(label) if isinstance(label, str) else operator.index(label)  # type: ignore[arg-type]
         except (TypeError, ValueError):
             index = -1
         if not 0 <= index < self.classes:
             numbers = f"0 to {self.classes - 1}"
-            fix = nearest(label, self.names) if isinstance(label, str) and self.names else numbers
+            known = [part for name in self.names for part in _parts(name)]
+            fix = nearest(label, known) if isinstance(label, str) and known else numbers
             raise DataError("no such class", where="label", seen=str(label), fix=fix)
         return index
+
+    def _named(self, label: str) -> int | None:
+        """The first class of this name, or of one of which this is a part."""
+        if label and label in self.names:
+            return self.names.index(label)
+        return next((i for i, name in enumerate(self.names) if label in _parts(name)), None)
+
+
+def _parts(name: str) -> list[str]:
+    """The names that a name with commas lists."""
+    return [part for part in (one.strip() for one in name.split(",")) if part]
+
+
+class Sizes(Conditioner):
+    """How large a picture was before it was made smaller (PixArt-alpha).
+
+    Cond: sizes (B, 3) float32: height and width in pixels, and the one over the other. Raw field original_size,
+    (height, width); where it is missing, the size that is drawn.
+    """
+
+    fields = kept = (SIZE,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = (0, 0)
+        self.device_of: Tensor
+        self.register_buffer("device_of", torch.empty(0), persistent=False)
+
+    def forward(self, raw: Sequence[Raw]) -> Cond:
+        pairs = [pair_of(one.get(SIZE) or self.size, SIZE) for one in raw]
+        rows = [(height, width, height / max(width, 1)) for height, width in pairs]
+        return {"sizes": torch.tensor(rows, dtype=torch.float32).to(self.device_of.device)}
+
+    def check(self, raw: Sequence[Raw]) -> None:
+        for one in raw:
+            if one.get(SIZE) is not None:
+                pair_of(one[SIZE], SIZE)
+
+    def of_size(self, size: tuple[int, int]) -> None:
+        self.size = size
+
+    def sized(self, raw: Sequence[Raw], size: tuple[int, int]) -> list[Raw]:
+        return [{SIZE: size, **one} for one in raw]
+
+
+def pair_of(value: object, name: str) -> tuple[float, float]:
+    """Height and width, or top and left. DataError for what is no pair of numbers from 0."""
+    pair = list(value) if isinstance(value, (list, tuple)) else []
+    if len(pair) != 2 or not all(isinstance(n, (int, float)) and not isinstance(n, bool) and n >= 0 for n in pair):
+        raise DataError("a size is two numbers of pixels", where=name, seen=repr(value), fix="[1024, 1024]")
+    return pair[0], pair[1]
 
 
 class Prompts(Conditioner):

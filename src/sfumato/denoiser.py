@@ -118,8 +118,13 @@ def times_like(t: float | Tensor, x: Tensor) -> Tensor:
 
 
 def as_time(path: Path, t: Tensor) -> Tensor:
-    """t itself, in [0, 1] (SiT)."""
+    """t itself, in [0, 1]."""
     return t
+
+
+def as_reversed(path: Path, t: Tensor) -> Tensor:
+    """1 - t: networks for which 1 is the data (SiT, flow matching's and rectified flow's own code)."""
+    return 1 - t
 
 
 def as_thousandths(path: Path, t: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from sfumato.catalogue import KINDS, build
-from sfumato.config import SLOTS, Config, slot_problems
+from sfumato.config import SLOTS, Config, slot_problems, source_of
 from sfumato.errors import ConfigError, nearest
 from sfumato.names import spelled_out
 from sfumato.registry import Problem, options_of, target_of
@@ -83,7 +83,7 @@ def run_data(run: Path) -> Any:
     config = next((one for one in (Path(run) / "config.yaml", Path(run) / "../config.yaml") if one.is_file()), None)
     if config is None:
         return None
-    return build(parse_yaml(config.read_text(encoding="utf-8"), str(config))["data"], "Data")
+    return build(source_of(parse_yaml(config.read_text(encoding="utf-8"), str(config))["data"]), "Data")
 
 
 def _read(source: str, origins: dict[str, str], above: tuple[Path, ...]) -> dict[str, Any]:

@@ -246,7 +246,7 @@ class Pipeline:
             )
         x, denoise = (
             noise(torch.empty(len(order.raw), *shape, device=self.device)),
-            guided(self._forward, path, guide, times, self._variant),
+            guided(self._forward, path, guide, times, self._variant, self.model.answers),
         )
         if order.begin is None:
             x = x * _spread(path, times[0])
@@ -265,11 +265,11 @@ class Pipeline:
                 return
             yield step
 
-    def _forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    def _forward(self, x: Tensor, t: Tensor, cond: Cond, **to: str) -> Tensor:
         try:
             with self._autocast():
-                x0: Tensor = self.model(x, t, cond)
-            return x0
+                answer: Tensor = self.model(x, t, cond, **to)
+            return answer
         except RuntimeError as error:
             raise self._explained(error, x) from error
 
@@ -281,10 +281,10 @@ class Pipeline:
             self._variants[name] = variant(self.model.denoiser, name) if other is None else other.denoiser
         answer = self._variants[name]
 
-        def forward(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        def forward(x: Tensor, t: Tensor, cond: Cond, **to: str) -> Tensor:
             with self._autocast():
-                x0: Tensor = answer(x, t, cond)
-            return x0
+                said: Tensor = answer(x, t, cond, **to)
+            return said
 
         return forward
 

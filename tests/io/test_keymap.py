@@ -22,6 +22,8 @@ LINES = [
     line([ORIGINAL], ours="conv", diffusers="lin", original="conv0"),
     line(swapped=[DIFFUSERS], ours="last", diffusers="norm_out", original="final"),
     line(bare=True, ours="table", diffusers="scale_shift_table", original="y.table"),
+    line([ORIGINAL], side=2, ours="patches", diffusers="patches", original="x.proj"),
+    line(inner=[ORIGINAL], side=2, ours="answer", diffusers="out", original="final.linear"),
 ]
 
 
@@ -30,7 +32,8 @@ def state() -> dict[str, torch.Tensor]:
     sizes = {"a.q": 4, "a.kv": 8, "s.q": 4, "s.k": 4, "s.v": 4, "s.up": 12, "conv": 5, "last": 6}
     made = {f"{name}.weight": torch.randn(n, 3, generator=rng) for name, n in sizes.items()}
     made |= {f"{name}.bias": torch.randn(n, generator=rng) for name, n in sizes.items()}
-    return made | {"table": torch.randn(2, 3, generator=rng)}
+    made |= {f"{name}.weight": torch.randn(12, 12, generator=rng) for name in ("patches", "answer")}
+    return made | {"table": torch.randn(2, 3, generator=rng), "answer.bias": torch.randn(12, generator=rng)}
 
 
 @pytest.mark.parametrize("layout", [DIFFUSERS, ORIGINAL])
@@ -51,6 +54,12 @@ def test_what_layouts_differ_in() -> None:
     assert original["conv0.weight"].shape == (5, 3, 1, 1) and original["conv0.bias"].shape == (5,)
     assert torch.equal(diffusers["norm_out.weight"], ours["last.weight"].roll(3, 0))
     assert torch.equal(original["y.table"], ours["table"])
+    pixels = ours["patches.weight"].reshape(12, 3, 2, 2)  # channels, rows, columns
+    assert torch.equal(original["x.proj.weight"], pixels)
+    for leaf in ("weight", "bias"):
+        channel, row, column = 2, 1, 0
+        there, here = (row * 2 + column) * 3 + channel, (channel * 2 + row) * 2 + column
+        assert torch.equal(original[f"final.linear.{leaf}"][there], ours[f"answer.{leaf}"][here])
     direct = renamed(diffusers, LINES, DIFFUSERS, ORIGINAL, "x")
     assert all(torch.equal(direct[key], original[key]) for key in original)
 

@@ -25,7 +25,7 @@ from sfumato.config import slot_problems
 from sfumato.errors import CheckpointError
 from sfumato.io.fill import fill_weights, unfilled
 from sfumato.io.tensors import tensors_of
-from sfumato.model import Model, build_model
+from sfumato.model import AutoencoderModel, Model, Trainable, build_autoencoder, build_model
 from sfumato.registry import target_of
 
 FORMAT, VERSION = "sfumato", 1
@@ -35,7 +35,7 @@ KEYS = {"model": dict, "size": list, "sampling": dict, "files": list, "facts": d
 
 def save_model(
     folder: Path,
-    model: Model,
+    model: Trainable,
     facts: Mapping[str, Any],
     weights: Mapping[str, Tensor] | None = None,
     *,
@@ -49,7 +49,7 @@ def save_model(
 
     def fill(place: Path) -> None:
         write_weights(place / "model.safetensors", model.weights() if weights is None else weights, dtype)
-        extra = model.conditioner.files() if model.conditioner is not None else {}
+        extra = model.files()
         for name, data in extra.items():
             (place / name).write_bytes(data)
         said = {"format": FORMAT, "version": VERSION, **model.spec, "facts": dict(facts), "files": sorted(extra)}
@@ -66,13 +66,17 @@ def load_model(
     matrices: torch.dtype | None = None,
     text_device: torch.device | None = None,
 ) -> Model:
-    """The model of a directory, in evaluation mode. CheckpointError for anything that is missing, altered or unfit.
+    """The model of a directory, in evaluation mode. CheckpointError for anything that is missing, altered or unfit, and
+    for an autoencoder alone.
 
     trust: also run code that the description names and that is neither ours nor in the current directory.
     device, matrices, text_device: see `sfumato.io.fill.fill_weights`.
     """
     folder = Path(folder)
     said = read_description(folder)
+    if _is_alone(said):
+        fix = f"model.codec={{kind: latents, weights: {folder}}} trains a model in its latents"
+        raise CheckpointError("this is an autoencoder, which draws nothing", where=str(folder), seen="no net", fix=fix)
     files.verify(folder)
     targets = list(_targets([said[key] for key in SPEC]))
     if not trust and (foreign := [target for target in targets if not _own(target, folder)]):
@@ -96,6 +100,32 @@ def load_model(
     fill_weights(model, read_weights(folder / "model.safetensors"), str(folder), device, matrices, text_device)
     model.facts = said["facts"]
     return model.eval().requires_grad_(False)
+
+
+def load_autoencoder(folder: Path) -> AutoencoderModel | None:
+    """The autoencoder of a directory that holds one alone, in evaluation mode; None for other models. CheckpointError
+    for anything that is missing, altered or unfit.
+    """
+    said = read_description(folder)
+    if not _is_alone(said):
+        return None
+    files.verify(folder)
+    slot, where = said["model"].get("codec"), str(Path(folder) / "model.json")
+    if not isinstance(slot, dict) or slot.get("kind") != "latents":
+        raise CheckpointError("model.json describes no autoencoder of ours", where=where, seen=str(slot))
+    try:
+        with torch.random.fork_rng(devices=[]), unfilled():
+            model = build_autoencoder({key: said[key] for key in SPEC})
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError("model.json describes no autoencoder", where=where, seen=str(error)) from error
+    fill_weights(model, read_weights(Path(folder) / "model.safetensors"), str(folder))
+    model.facts = said["facts"]
+    return model.eval().requires_grad_(False)
+
+
+def _is_alone(said: Mapping[str, Any]) -> bool:
+    """Whether a description is of an autoencoder without a network."""
+    return "net" in said["model"] and said["model"]["net"] is None
 
 
 def read_description(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import CheckpointError
-from sfumato.model import Model
+from sfumato.model import Trainable
 
 HALVED = ("net.", "conditioner.")  # parts that run in half precision
 
@@ -35,7 +35,7 @@ def unfilled() -> Iterator[None]:
 
 
 def fill_weights(
-    model: Model,
+    model: Trainable,
     weights: dict[str, Tensor],
     where: str,
     device: torch.device | None = None,
@@ -79,7 +79,7 @@ def fill_weights(
                 holder[slot] = made[id(old)] = nn.Parameter(value, requires_grad=old.requires_grad)
 
 
-def _slots(model: Model) -> Iterator[tuple[dict[str, Any], str, str]]:
+def _slots(model: Trainable) -> Iterator[tuple[dict[str, Any], str, str]]:
     """Where each weight of a model lies: a module's table, the key in it, and the name it is stored under."""
     for part_name, part in model.parts().items():
         for prefix, module in part.named_modules(prefix=part_name, remove_duplicate=False):

@@ -20,7 +20,7 @@ from sfumato.io.families import autoencoder, encoders
 from sfumato.io.keymap import DIFFUSERS, OURS, renamed
 from sfumato.io.pretrained import codec_from, read_json, read_state
 from sfumato.model import Model
-from sfumato.names import sampler_named
+from sfumato.names import sampler_named, spelled_out
 from sfumato.paths import Tabulated
 from sfumato.text import Text, Texts
 
@@ -101,23 +101,50 @@ def recommended(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"sampler": sampler, "grid": grid}
 
 
-def write_table(place: Path, path: Tabulated, prediction: str) -> None:
-    """The scheduler of a table of betas. ConfigError where diffusers has none like it."""
+def scheduler_of(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """The scheduler of diffusers that samples a table as is recommended, as far as it has one; DDIM's else.
+
+    What is said is the class and the options of its own, among them the spacing of its times.
+    """
+    known = spelled_out({name: sampling[name] for name in ("sampler", "grid") if sampling.get(name)})
+    sampler, grid = (_slot(known.get(name)) for name in ("sampler", "grid"))
+    kind = grid.get("kind")
+    spacing: dict[str, Any] = {"steps_offset": int(grid.get("offset", 0)) if kind == "leading" else 1}
+    spacing["timestep_spacing"] = kind if kind in ("linspace", "trailing") else "leading"
+    if sampler.get("kind") == "dpmpp_2m":
+        spacing["steps_offset"] = 0
+        return {
+            "_class_name": "DPMSolverMultistepScheduler",
+            "algorithm_type": "dpmsolver" if sampler.get("of") == "noise" else "dpmsolver++",
+            "lower_order_final": bool(sampler.get("lower_order_final", True)),
+            "solver_order": 2,
+            "solver_type": str(sampler.get("form", "midpoint")),
+            "use_karras_sigmas": kind == "karras",
+            **spacing,
+        }
+    return {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": True, **spacing}
+
+
+def _slot(said: Any) -> Mapping[str, Any]:
+    return said if isinstance(said, Mapping) else {"kind": said}
+
+
+def write_table(place: Path, path: Tabulated, prediction: str, sampling: Mapping[str, Any] | None = None) -> None:
+    """The scheduler of a table of betas. ConfigError where diffusers has none like it.
+
+    sampling: what the model recommends, as far as diffusers can say it; Stable Diffusion's way of DDIM if not said.
+    """
     theirs = {ours: name for name, ours in PREDICTIONS.items()}
     schedules = {ours: name for name, ours in SCHEDULES.items()}
     if prediction not in theirs or path.betas not in schedules:
         seen = f"prediction {prediction}, betas {path.betas}"
         raise ConfigError("diffusers' table-based schedulers have no such model", where="--to diffusers", seen=seen)
     said = {
-        "_class_name": "DDIMScheduler",
+        **scheduler_of(sampling or {}),
         "beta_schedule": schedules[path.betas],
-        "clip_sample": False,
         "num_train_timesteps": path.steps,
         "prediction_type": theirs[prediction],
         "rescale_betas_zero_snr": path.zero_terminal_snr,
-        "set_alpha_to_one": True,
-        "steps_offset": 1,
-        "timestep_spacing": "leading",
     }
     ends = {"beta_start": path.start, "beta_end": path.end}
     said |= {name: value for name, value in ends.items() if value is not None}

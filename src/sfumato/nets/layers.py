@@ -46,12 +46,21 @@ class TimeEmbedding(nn.Module):
         return out
 
 
-def sincos_2d(height: int, width: int, dim: int, device: torch.device | None = None, *, step: float = 1.0) -> Tensor:
+def sincos_2d(
+    height: int,
+    width: int,
+    dim: int,
+    device: torch.device | None = None,
+    *,
+    step: float | tuple[float, float] = 1.0,
+) -> Tensor:
     """Fixed positions (height * width, dim): half of the channels for the column, half for the row (MAE, DiT).
 
-    step: how far apart neighbours stand.
+    step: how far apart neighbours stand, down and across.
     """
-    down, across = (turns(length, dim // 4, 10_000.0, device) * step for length in (height, width))
+    steps = step if isinstance(step, tuple) else (step, step)
+    sides = zip((height, width), steps, strict=True)
+    down, across = (turns(length, dim // 4, 10_000.0, device) * by for length, by in sides)
     rows, columns = (torch.cat([angle.sin(), angle.cos()], 1).float() for angle in (down, across))
     return _in_plane(columns[None], rows[:, None], height, width)
 

@@ -37,6 +37,8 @@ class Text(Conditioner):
     layers: the hidden states to take instead, side by side in channels; 0 is the embedding, -1 the last layer.
     pooled: also gives CLIP's state at the end of the prompt, projected where the encoder has a projection.
     masked: what fills up is hidden from the encoder, and from the network by `context_mask`.
+    silent: with `masked`, of a prompt that is not said no word counts, rather than the end of the empty one; for
+    networks with a caption of their own for that.
     template: what the prompt is put into, at "{}"; drop: its first pieces, read but not given to the network.
     lower: in lower case, without space at either end. field: the raw field that is read.
     emphasis: whether `(word:1.2)` and `[word]` weigh words, see `sfumato.text.emphasis`, or are read as they stand.
@@ -55,6 +57,7 @@ class Text(Conditioner):
         layers: tuple[int, ...] = (),
         pooled: bool = False,
         masked: bool = False,
+        silent: bool = False,
         template: str = "{}",
         drop: int = 0,
         lower: bool = False,
@@ -67,6 +70,10 @@ class Text(Conditioner):
         self.weights, self.part, self.length, self.field = weights, part, length, field
         self.skip, self.normed, self.layers = skip, normed, tuple(layers)
         self.masked, self.template, self.drop, self.lower = masked, template, drop, lower
+        if silent and not masked:
+            fix = "model.conditioner.masked=true"
+            raise ConfigError("silence is told by the mask", where="model.conditioner.silent", seen="no mask", fix=fix)
+        self.silent = silent
         self.fields, self.has_pooled, self.emphasis, self.chunks = (field,), pooled, emphasis, chunks
         self.kind = ""  # the class of transformers
         self.encoder: Any = None
@@ -89,6 +96,9 @@ class Text(Conditioner):
             cond[MASK] = read.there.repeat_interleave(self.length, 1)
         elif self.masked:
             cond[MASK] = read.mask[:, self.drop :].bool()
+            if self.silent:
+                said_ = [one.get(self.field) is not None for one in raw]
+                cond[MASK] = cond[MASK] & torch.tensor(said_, device=read.mask.device)[:, None]
         return cond
 
     def _arithmetic(self) -> contextlib.AbstractContextManager[Any]:

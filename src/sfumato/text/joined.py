@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.conditioners import Conditioner, Raw, Source, captions_of
+from sfumato.conditioners import SIZE, Conditioner, Raw, Source, captions_of, pair_of
 from sfumato.denoiser import MASK, Cond
-from sfumato.errors import ConfigError, DataError
+from sfumato.errors import ConfigError
 from sfumato.nets.layers import sinusoid
 from sfumato.text.encoder import Text, too_long
 
-ORIGINAL, CROP, TARGET = "original_size", "crop", "target_size"
+ORIGINAL, CROP, TARGET = SIZE, "crop", "target_size"
 SIZES = (ORIGINAL, CROP, TARGET)
 WAVES = 256  # the width of one number's sinusoid
 WORDS = 256  # pieces that Stable Diffusion 3 has from T5
@@ -106,7 +106,7 @@ class Texts(Conditioner):
     def _numbers(self, raw: Raw) -> list[float]:
         """The original size, the corner and the size to be, six numbers."""
         defaults = {ORIGINAL: self.size, CROP: (0, 0), TARGET: self.size}
-        return [float(n) for name in SIZES for n in _pair(raw.get(name) or defaults[name], name)]
+        return [float(n) for name in SIZES for n in pair_of(raw.get(name) or defaults[name], name)]
 
     def sized(self, raw: Sequence[Raw], size: tuple[int, int]) -> list[Raw]:
         return [{ORIGINAL: size, TARGET: size, **one} for one in raw] if self.sizes else list(raw)
@@ -177,14 +177,6 @@ def _emptied(value: Tensor, said: Sequence[bool]) -> Tensor:
 
 def _mask(cond: Cond) -> dict[str, Tensor]:
     return {MASK: cond[MASK]} if MASK in cond else {}
-
-
-def _pair(value: object, name: str) -> tuple[float, float]:
-    """Height and width, or top and left."""
-    pair = list(value) if isinstance(value, (list, tuple)) else []
-    if len(pair) != 2 or not all(isinstance(n, (int, float)) and not isinstance(n, bool) and n >= 0 for n in pair):
-        raise DataError("a size is two numbers of pixels", where=name, seen=repr(value), fix="[1024, 1024]")
-    return pair[0], pair[1]
 
 
 def _checked(parts: Sequence[Conditioner], texts: Sequence[Text], join: str) -> None:

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato import text
 from sfumato.codecs import Latents
 from sfumato.errors import CheckpointError, ConfigError
 from sfumato.io import parts as shared
 from sfumato.io.families import autoencoder, sd3
+from sfumato.io.families.encoders import SD3, Place
 from sfumato.io.family import Published
 from sfumato.io.keymap import DIFFUSERS, ORIGINAL, OURS, renamed
-from sfumato.io.pretrained import codec_from, read_json, read_state
+from sfumato.io.pretrained import codec_of, read_json, read_state
 from sfumato.model import Model
 from sfumato.names import sampler_named
 from sfumato.nets.mmdit import MMDiT, MMDiTConfig
@@ -24,13 +24,7 @@ from sfumato.text.joined import WORDS
 SHAPE = ("patch", "dim", "depth", "heads", "mlp_ratio", "in_channels", "out_channels", "context_dim", "pooled_dim")
 MORE = ("qk_norm", "dual", "table", "step", "size")
 VAE = "first_stage_model."  # in a single file
-LATENTS: dict[str, Any] = {"scale": 1.5305, "shift": 0.0609}  # of all published sizes
-ENCODERS = {  # their folders, and where they lie in a single file
-    "text_encoder": "text_encoders.clip_l.transformer.",
-    "text_encoder_2": "text_encoders.clip_g.transformer.",
-    "text_encoder_3": "text_encoders.t5xxl.transformer.",
-}
-PROJECTION = "text_projection.weight"
+LATENTS: dict[str, Any] = {"scaling_factor": 1.5305, "shift_factor": 0.0609}  # of all published sizes
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
 
 
@@ -42,7 +36,7 @@ class StableDiffusion3:
     def read_folder(self, folder: Path, index: Mapping[str, Any]) -> Published:
         net, weights = read_transformer(folder / "transformer")
         codec, latents, factor = shared.read_vae(folder / "vae")
-        encoders = _encoders(folder)
+        encoders = [one.part for one in _places(folder)]
         told, files = shared.read_text(folder, encoders)
         section = _section(net, codec, _conditioner(folder, encoders, net), str(folder))
         size, sampling = [int(net["size"]) * factor] * 2, _sampling(net, folder)
@@ -82,13 +76,16 @@ class StableDiffusion3:
         inner = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         shape = sd3.config_of(inner, ORIGINAL, str(file), **_hints(parts / "transformer"))
         net, weights = slot_of(shape), state_of(inner, shape, ORIGINAL, str(file))
-        whole = any(key.startswith(VAE) for key in state)
-        slot = _latents(parts / "vae") | {"weights": str(file)} if whole else {"weights": str(parts / "vae")}
-        codec, latents = codec_from({"kind": "latents", **slot})
-        weights |= {f"codec.{key}": value for key, value in latents.items()}
-        encoders = _encoders(parts, state)
-        told, files = _read_encoders(state, parts, encoders)
-        section = _section(net, codec, _conditioner(parts, encoders, net), str(file))
+        inside = {key: value for key, value in state.items() if key.startswith(VAE)}
+        if inside:
+            codec, latents = codec_of(inside, str(file), _latents(parts / "vae"))
+            latents = {f"codec.{key}": value for key, value in latents.items()}
+        else:
+            codec, latents, _ = shared.read_vae(parts / "vae")
+        weights |= latents
+        places = _places(parts, state)
+        told, files = shared.read_text_file(state, places, parts, str(file))
+        section = _section(net, codec, _conditioner(parts, [one.part for one in places], net), str(file))
         size, sampling = [shape.size * 2 ** (len(codec["channels"]) - 1)] * 2, _sampling(net, parts)
         return Published(section, size, sampling, weights | told, files, {"from": file.name})
 
@@ -99,10 +96,7 @@ class StableDiffusion3:
         shape = codec.autoencoder.config
         state = renamed(codec.autoencoder.state_dict(), autoencoder.lines(shape), OURS, ORIGINAL, "the autoencoder")
         out |= {f"{VAE}{key}": value for key, value in state.items()}
-        for one, prefix in zip(told.texts, ENCODERS.values(), strict=False):
-            named = text.published(one.encoder.state_dict(), one.kind)
-            out |= {f"{prefix}{key}": value for key, value in named.items()}
-        return out
+        return out | shared.text_for_file(told, SD3[: len(told.texts)])
 
 
 INDEX: dict[str, Any] = {
@@ -158,17 +152,16 @@ def _hints(folder: Path) -> dict[str, Any]:
 def _latents(folder: Path) -> dict[str, Any]:
     """The same of the autoencoder."""
     said = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    names = {"scaling_factor": "scale", "shift_factor": "shift", "norm_num_groups": "groups"}
-    return LATENTS | {ours: said[name] for name, ours in names.items() if said.get(name) is not None}
+    return LATENTS | {name: value for name, value in said.items() if value is not None}
 
 
 # The text encoders
 
 
-def _encoders(folder: Path, keys: Collection[str] = ()) -> list[str]:
+def _places(folder: Path, keys: Mapping[str, Tensor] | None = None) -> list[Place]:
     """Those that a folder or a file has. T5, the largest by far, may have been left out."""
-    third = (folder / "text_encoder_3").is_dir() or any(key.startswith(ENCODERS["text_encoder_3"]) for key in keys)
-    return list(ENCODERS)[: 3 if third else 2]
+    third = (folder / SD3[2].part).is_dir() or SD3[2].within(keys or {})
+    return list(SD3[: 3 if third else 2])
 
 
 def _conditioner(folder: Path, encoders: list[str], net: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,24 +171,6 @@ def _conditioner(folder: Path, encoders: list[str], net: Mapping[str, Any]) -> d
     parts = [{**clip, "part": part} for part in encoders[:2]]
     parts += [{"kind": "text", "length": WORDS, "part": part} for part in encoders[2:]]
     return {"kind": "texts", "join": "sd3", "width": net["context_dim"], "parts": parts}
-
-
-def _read_encoders(
-    state: Mapping[str, Tensor], folder: Path, encoders: list[str]
-) -> tuple[dict[str, Tensor], dict[str, bytes]]:
-    """Text encoders of a single file, or of a folder where the file has none."""
-    told: dict[str, Tensor] = {}
-    files: dict[str, bytes] = {}
-    for i, part in enumerate(encoders):
-        prefix = ENCODERS[part]
-        inner = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        if inner and part == "text_encoder" and PROJECTION not in inner:  # published as the identity, left out
-            inner[PROJECTION] = torch.eye(len(inner["text_model.final_layer_norm.weight"]))
-        own = text.files_of(folder, part)
-        weights = text.read(folder, part, own, inner or read_state(folder / part))
-        told |= {f"conditioner.parts.{i}.encoder.{key}": value for key, value in weights.items()}
-        files |= own
-    return told, files
 
 
 # The transformer
