@@ -191,6 +191,8 @@ FAMILIES = {
     "stable_diffusion_3": "sfumato.io.families.stable_diffusion_3:StableDiffusion3",
     "dit": "sfumato.io.families.dit:DiTFamily",
     "pixart": "sfumato.io.families.pixart:PixArt",
+    "ddpm": "sfumato.io.families.ddpm:DDPM",
+    "consistency": "sfumato.io.families.consistency:Consistency",
 }
 DATA = {"scenes": "sfumato.data.scenes:Scenes", "folder": "sfumato.data.folder:Folder"}
 OPTIMIZERS = {"adamw": "sfumato.train.optim:adamw", "muon": "sfumato.train.optim:muon"}

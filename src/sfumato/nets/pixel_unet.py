@@ -29,7 +29,7 @@ class PixelUNetConfig:
     only right and below, as in DDPM's own code.
     frequencies: of the time's sinusoid, 0 for as many as the first level is wide; the embedding is 4 times as wide.
     sines_first, include_end: see `sfumato.nets.layers.sinusoid`; DDPM has both.
-    classes: 0 for none. null: whether there is one more, for "no class". context_dim: this network reads no words.
+    classes: 0 for none. unlabelled: whether there is one more, for "no class". context_dim: this net reads no words.
     """
 
     size: int | tuple[int, int] = 32
@@ -46,7 +46,7 @@ class PixelUNetConfig:
     sines_first: bool = False
     include_end: bool = False
     classes: int = 0
-    null: bool = True
+    unlabelled: bool = True
     context_dim: int = 0
     groups: int = 32
     eps: float = 1e-5
@@ -64,7 +64,7 @@ _ADM = PixelUNetConfig(
     told="scale",
     resample="block",
     classes=1000,
-    null=False,
+    unlabelled=False,
 )
 _ADM_256 = replace(
     _ADM, size=256, channels=(256, 256, 512, 512, 1024, 1024), blocks=2, heads=(0, 0, 0, 8, 16, 16), middle=16
@@ -98,8 +98,8 @@ def preset(name: str, **changes: object) -> PixelUNetConfig:
 class PixelUNet(nn.Module):
     """Pictures (B, in_channels, H, W) and times (B,) to (B, out_channels, H, W); sizes divide by 2^(levels - 1).
 
-    label: (B,) from 0 to classes - 1, or `classes` for none where there is a null class. ConfigError without a label
-    where there is not.
+    label: (B,) from 0 to classes - 1, or `classes` for none where that is known. ConfigError without a label where it
+    is not.
     """
 
     def __init__(self, config: PixelUNetConfig) -> None:
@@ -109,7 +109,7 @@ class PixelUNet(nn.Module):
         widths, frequencies = config.channels, _frequencies(config)
         dim = 4 * frequencies
         self.time = nn.Sequential(nn.Linear(frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.label = nn.Embedding(config.classes + config.null, dim) if config.classes else None
+        self.label = nn.Embedding(config.classes + config.unlabelled, dim) if config.classes else None
         self.entry = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down, kept = self._way_down(dim)
         self.middle = Middle(config, dim)
@@ -137,7 +137,7 @@ class PixelUNet(nn.Module):
         waves = sinusoid(t, _frequencies(config), sines_first=config.sines_first, include_end=config.include_end)
         summary: Tensor = self.time(waves.to(x.dtype))
         if self.label is not None:
-            if label is None and not config.null:
+            if label is None and not config.unlabelled:
                 raise ConfigError("this network draws no picture without a class", where="label", fix="a label")
             none = torch.full_like(t, config.classes, dtype=torch.long) if label is None else label
             summary = summary + self.label(none)

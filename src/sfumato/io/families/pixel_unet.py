@@ -146,7 +146,7 @@ class Seen:
             resample="block" if self.resamples else "convolution",
             frequencies=0 if self.frequencies == self.channels[0] else self.frequencies,
             classes=self.classes,
-            null=False,
+            unlabelled=False,
             **known,  # type: ignore[arg-type]
         )
 
