@@ -61,6 +61,15 @@ def test_labels_that_are_not_are_named(label: object) -> None:
             assert caught.value.fix == "0 to 2" or (names and isinstance(label, str))
 
 
+def test_where_no_class_is_none_one_must_be_told() -> None:
+    labels = Labels(3, unlabelled=False)
+    assert labels([{"label": 2}])["label"].tolist() == [2]
+    for use in (labels, labels.check):
+        with pytest.raises(DataError, match="without a class"):
+            use([{"label": 1}, {}])
+    assert Joined([Labels(3)]).unlabelled and not Joined([labels]).unlabelled
+
+
 def test_a_mistyped_class_is_answered_with_the_nearest() -> None:
     labels = Labels()
     labels.prepare(SOURCE)

@@ -15,6 +15,7 @@ from sfumato.denoiser import (
     Denoiser,
     as_index,
     as_log_level,
+    as_log_level_thousandths,
     as_reversed,
     as_thousandths,
     as_time,
@@ -213,6 +214,7 @@ def test_what_networks_are_told_of_time(path: Path) -> None:
     assert torch.equal(as_reversed(path, t), 1 - t)
     close(as_thousandths(path, t), 1000 * t)
     close(as_log_level(path, t), torch.log(path.sigma(t) / path.alpha(t)) / 4)
+    close(as_log_level_thousandths(path, t), 250 * torch.log(path.sigma(t) / path.alpha(t)))
 
 
 @pytest.mark.parametrize("path", [Tabulated(), Tabulated("cosine", 40), Tabulated((0.1, 0.2, 0.4))], ids=str)

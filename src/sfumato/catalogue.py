@@ -61,6 +61,7 @@ TIME_INPUTS = {
     "thousandths": "sfumato.denoiser:as_thousandths",
     "index": "sfumato.denoiser:as_index",
     "log_level": "sfumato.denoiser:as_log_level",
+    "log_level_thousandths": "sfumato.denoiser:as_log_level_thousandths",
 }
 SCALE_INPUTS = {"unit_variance": "sfumato.denoiser:unit_variance()"}
 DENSITIES = {
@@ -106,6 +107,7 @@ GRIDS = {
     "leading": "sfumato.grids:leading",
     "linspace": "sfumato.grids:linspace",
     "lcm": "sfumato.grids:lcm",
+    "consistency": "sfumato.grids:consistency",
     "shifted": "sfumato.grids:shifted",
     "dynamic_shift": "sfumato.grids:dynamic_shift",
     "ending": "sfumato.grids:ending",
@@ -166,6 +168,7 @@ NETS = {
     "dit": "sfumato.nets.dit:DiT",
     "mmdit": "sfumato.nets.mmdit:MMDiT",
     "stable_unet": "sfumato.nets.stable_unet:StableUNet",
+    "pixel_unet": "sfumato.nets.pixel_unet:PixelUNet",
     "flux": "sfumato.nets.flux:Flux",
 }
 CODECS = {
@@ -188,6 +191,8 @@ FAMILIES = {
     "stable_diffusion_3": "sfumato.io.families.stable_diffusion_3:StableDiffusion3",
     "dit": "sfumato.io.families.dit:DiTFamily",
     "pixart": "sfumato.io.families.pixart:PixArt",
+    "ddpm": "sfumato.io.families.ddpm:DDPM",
+    "consistency": "sfumato.io.families.consistency:Consistency",
 }
 # The names of a network's weights elsewhere, by its kind: functions of its config, of which the first that has a line
 # for every layer counts; for adapters (`sfumato.adapters`)

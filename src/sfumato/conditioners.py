@@ -34,6 +34,7 @@ class Conditioner(nn.Module):
     """The base of all conditioners.
 
     fields: the raw fields it reads. context_dim, pooled_dim, classes: what its answers hold, 0 where they do not.
+    unlabelled: whether "no class" is one, too, where there are classes.
     kept: those of the fields that tell of the picture and not of what it shows, and so stay where nothing is said.
     notes: what a person should know of the data that it was prepared for.
     """
@@ -42,6 +43,7 @@ class Conditioner(nn.Module):
     kept: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     context_dim = pooled_dim = classes = 0
+    unlabelled = True
 
     def forward(self, raw: Sequence[Raw]) -> Cond:
         raise NotImplementedError
@@ -102,18 +104,19 @@ class Labels(Conditioner):
     """A class for each picture: {"label": 3}, or by name when the data has names. Cond: label (B,) int64.
 
     classes: how many; 0 asks the data. The null label is `classes`, the network's last embedding. A name with commas
-    is known by each of its parts, too, as ImageNet's are ("goldfish, Carassius auratus").
+    is known by each of its parts, too, as ImageNet's are ("goldfish, Carassius auratus"). unlabelled: whether pictures
+    without a class are known; ADM and the published consistency models have no such label.
     """
 
     fields = ("label",)
 
-    def __init__(self, classes: int = 0) -> None:
+    def __init__(self, classes: int = 0, unlabelled: bool = True) -> None:
         super().__init__()
         if classes < 0:
             raise ConfigError(
                 "a number of classes is not negative", where="model.conditioner.classes", seen=str(classes)
             )
-        self.classes, self.names = classes, tuple[str, ...]()
+        self.classes, self.unlabelled, self.names = classes, unlabelled, tuple[str, ...]()
         self.device_of: Tensor
         self.register_buffer("device_of", torch.empty(0), persistent=False)
 
@@ -151,8 +154,11 @@ class Labels(Conditioner):
         self.classes, self.names = kept["classes"], tuple(kept["names"])
 
     def _index(self, label: object) -> int:
-        if label is None:
+        if label is None and self.unlabelled:
             return self.classes
+        if label is None:
+            what = "this model knows no picture without a class"
+            raise DataError(what, where="label", fix="a class, guidance=1, and in training condition_dropout=0")
         if isinstance(label, str) and (named := self._named(label)) is not None:
             return named
         try:
@@ -351,6 +357,7 @@ class Joined(Conditioner):
     context_dim = property(lambda self: max(part.context_dim for part in self.parts))  # type: ignore[assignment]
     pooled_dim = property(lambda self: max(part.pooled_dim for part in self.parts))  # type: ignore[assignment]
     classes = property(lambda self: max(part.classes for part in self.parts))  # type: ignore[assignment]
+    unlabelled = property(lambda self: all(part.unlabelled for part in self.parts))  # type: ignore[assignment]
     notes = property(lambda self: tuple(note for part in self.parts for note in part.notes))  # type: ignore[assignment]
 
     def forward(self, raw: Sequence[Raw]) -> Cond:

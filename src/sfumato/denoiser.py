@@ -149,6 +149,11 @@ def as_log_level(path: Path, t: Tensor) -> Tensor:
     return -log_snr(path, t) / 8
 
 
+def as_log_level_thousandths(path: Path, t: Tensor) -> Tensor:
+    """250 ln(sigma / alpha): EDM's c_noise in thousandths (consistency models)."""
+    return 1000 * as_log_level(path, t)
+
+
 def unit_variance(sigma_data: float = 0.5) -> OfTime:
     """EDM's c_in on any path: 1 / sqrt(alpha^2 sigma_data^2 + sigma^2)."""
     return lambda path, t: torch.rsqrt((sigma_data * path.alpha(t)) ** 2 + path.sigma(t) ** 2)

@@ -31,6 +31,9 @@ class Line:
     inner: the layouts whose rows, those of a patch of side x side pixels, count channels fastest, not slowest.
     leaves: of the module; ("",) for a bare parameter, whose name is the whole key.
     turned: the layouts that keep its matrix (in, out) rather than (out, in).
+    long: the layouts that keep its weight (out, in) as (out, in, 1), a convolution of one axis.
+    by_head: the layouts whose rows, those of queries, keys and values, are dealt out to `heads` first; others have all
+    queries first.
     """
 
     names: Mapping[str, tuple[str, ...]]
@@ -41,6 +44,9 @@ class Line:
     turned: frozenset[str] = frozenset()
     inner: frozenset[str] = frozenset()
     side: int = 1
+    long: frozenset[str] = frozenset()
+    by_head: frozenset[str] = frozenset()
+    heads: int = 1
 
     def keys(self, layout: str) -> set[str]:
         """All keys that this line may have in a layout."""
@@ -61,13 +67,27 @@ def line(
     bare: bool = False,
     inner: Iterable[str] = (),
     side: int = 1,
+    long: Iterable[str] = (),
+    by_head: Iterable[str] = (),
+    heads: int = 1,
     **names: str | tuple[str, ...],
 ) -> Line:
     """A line, from the name or the names in each layout."""
     each = {layout: (name,) if isinstance(name, str) else name for layout, name in names.items()}
     leaves = ("",) if bare else LEAVES
-    sets = (frozenset(turned), frozenset(inner))
-    return Line(each, frozenset(square), frozenset(swapped), shares or {}, leaves, *sets, side)
+    return Line(
+        each,
+        frozenset(square),
+        frozenset(swapped),
+        shares or {},
+        leaves,
+        frozenset(turned),
+        frozenset(inner),
+        side,
+        frozenset(long),
+        frozenset(by_head),
+        heads,
+    )
 
 
 def renamed(
@@ -108,8 +128,12 @@ def _moved(parts: list[Tensor], one: Line, leaf: str, source: str, target: str) 
     if leaf == "weight" and (source in one.square) != (target in one.square):
         shape = (-1, one.side, one.side)
         parts = [part.flatten(1) if source in one.square else part.unflatten(1, shape) for part in parts]
+    if leaf == "weight" and (source in one.long) != (target in one.long):
+        parts = [part.flatten(1) if source in one.long else part[:, :, None] for part in parts]
     if (source in one.turned) != (target in one.turned):
         parts = [part.mT.contiguous() if part.ndim > 1 else part for part in parts]
+    if (source in one.by_head) != (target in one.by_head):
+        parts = [_regrouped(torch.cat(parts), one.heads, source in one.by_head)]
     names = [_key(name, leaf) for name in one.names[target]]
     dealt = one.rows(target, sum(len(part) for part in parts)) if len(names) > 1 or len(parts) > 1 else []
     if dealt and dealt != [len(part) for part in parts]:
@@ -120,6 +144,11 @@ def _moved(parts: list[Tensor], one: Line, leaf: str, source: str, target: str) 
     if (source in one.inner) != (target in one.inner):
         parts = [repacked(part, one.side, source in one.inner) for part in parts]
     return dict(zip(names, parts, strict=True))
+
+
+def _regrouped(rows: Tensor, heads: int, by_head: bool) -> Tensor:
+    """Rows of queries, keys and values counted the other way. by_head: heads run slowest now."""
+    return rows.unflatten(0, (heads, 3, -1) if by_head else (3, heads, -1)).transpose(0, 1).flatten(0, 2)
 
 
 def repacked(rows: Tensor, side: int, inner: bool) -> Tensor:

@@ -59,6 +59,11 @@ def read_own(folder: Path) -> dict[str, Any]:
     return read_json(folder / OWN) if (folder / OWN).is_file() else {}
 
 
+def part_of(folder: Path, name: str) -> Path:
+    """Where a part of a folder of diffusers lies: below it, or as in Google's DDPMs in the folder itself."""
+    return folder / name if (folder / name).is_dir() else folder
+
+
 def facts_of(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
     """Where a folder of diffusers is from."""
     return {"from": str(index.get("_name_or_path") or folder.name), "pipeline": str(index.get("_class_name"))}
@@ -69,11 +74,13 @@ def facts_of(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_table(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any]]:
     """Of the scheduler in a folder: the slot of the path, the prediction, and the recommended sampler and grid."""
-    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    config = read_json(part_of(folder, "scheduler") / "scheduler_config.json")
     return _table(config, folder), _prediction(config, folder), recommended(config)
 
 
 def _table(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    if given := config.get("trained_betas"):
+        return {"kind": "tabulated", "betas": [float(beta) for beta in given]}
     betas = str(config.get("beta_schedule", "linear"))
     if betas not in SCHEDULES:
         raise CheckpointError("betas that are not known here", where=str(folder), seen=betas, fix=", ".join(SCHEDULES))
@@ -106,8 +113,7 @@ def scheduler_of(sampling: Mapping[str, Any]) -> dict[str, Any]:
 
     What is said is the class and the options of its own, among them the spacing of its times.
     """
-    known = spelled_out({name: sampling[name] for name in ("sampler", "grid") if sampling.get(name)})
-    sampler, grid = (_slot(known.get(name)) for name in ("sampler", "grid"))
+    sampler, grid = slots_of(sampling)
     kind = grid.get("kind")
     spacing: dict[str, Any] = {"steps_offset": int(grid.get("offset", 0)) if kind == "leading" else 1}
     spacing["timestep_spacing"] = kind if kind in ("linspace", "trailing") else "leading"
@@ -125,25 +131,40 @@ def scheduler_of(sampling: Mapping[str, Any]) -> dict[str, Any]:
     return {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": True, **spacing}
 
 
-def _slot(said: Any) -> Mapping[str, Any]:
-    return said if isinstance(said, Mapping) else {"kind": said}
+def slots_of(sampling: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """The sampler and the grid that are recommended, as slots of the catalogue."""
+    known = spelled_out({name: sampling[name] for name in ("sampler", "grid") if sampling.get(name)})
+    sampler, grid = (known.get(name) for name in ("sampler", "grid"))
+    return (
+        sampler if isinstance(sampler, Mapping) else {"kind": sampler},
+        grid if isinstance(grid, Mapping) else {"kind": grid},
+    )
 
 
-def write_table(place: Path, path: Tabulated, prediction: Any, sampling: Mapping[str, Any] | None = None) -> None:
+def write_table(
+    place: Path,
+    path: Tabulated,
+    prediction: Any,
+    sampling: Mapping[str, Any] | None = None,
+    scheduler: Mapping[str, Any] | None = None,
+) -> None:
     """The scheduler of a table of betas. ConfigError where diffusers has none like it.
 
     prediction: its slot, a name or a mapping with `kind`, as what was trained here has it.
     sampling: what the model recommends, as far as diffusers can say it; Stable Diffusion's way of DDIM if not said.
+    scheduler: the class and its options, where the family says them.
     """
     theirs = {ours: name for name, ours in PREDICTIONS.items()}
     schedules = {ours: name for name, ours in SCHEDULES.items()}
-    prediction = str(_slot(prediction)["kind"])
-    if prediction not in theirs or path.betas not in schedules:
+    prediction = str(prediction["kind"] if isinstance(prediction, Mapping) else prediction)
+    given = {"trained_betas": list(path.betas)} if isinstance(path.betas, tuple) else {}
+    if prediction not in theirs or (path.betas not in schedules and not given):
         seen = f"prediction {prediction}, betas {path.betas}"
         raise ConfigError("diffusers' table-based schedulers have no such model", where="--to diffusers", seen=seen)
     said = {
-        **scheduler_of(sampling or {}),
-        "beta_schedule": schedules[path.betas],
+        **(scheduler or scheduler_of(sampling or {})),
+        "beta_schedule": "linear" if isinstance(path.betas, tuple) else schedules[path.betas],
+        **given,
         "num_train_timesteps": path.steps,
         "prediction_type": theirs[prediction],
         "rescale_betas_zero_snr": path.zero_terminal_snr,

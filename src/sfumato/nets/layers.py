@@ -13,15 +13,25 @@ BF16_ARITHMETIC: bool = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 SHORT = 128  # places up to which attention is cheap to keep
 
 
-def sinusoid(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+def sinusoid(
+    t: Tensor,
+    dim: int,
+    max_period: float = 10_000.0,
+    *,
+    sines_first: bool = False,
+    include_end: bool = False,
+) -> Tensor:
     """Sinusoidal embedding of numbers (B,) -> (B, dim): cosines, then sines, of geometrically falling frequency.
 
     In float32 at least: at t of about 1000 a bfloat16 is off by several units. Vaswani et al. 2017; Ho et al. 2020.
+    sines_first: the other order. include_end: the last frequency is 1 / max_period; else that would be the next one.
+    DDPM's own code has both.
     """
     half, t = dim // 2, t.to(torch.promote_types(t.dtype, torch.float32))
-    freqs = torch.exp(torch.arange(half, device=t.device, dtype=t.dtype) * (-math.log(max_period) / half))
-    angles = t[:, None] * freqs
-    return F.pad(torch.cat([angles.cos(), angles.sin()], -1), (0, dim % 2))
+    rate = -math.log(max_period) / (half - 1 if include_end else half)
+    angles = t[:, None] * torch.exp(torch.arange(half, device=t.device, dtype=t.dtype) * rate)
+    waves = [angles.sin(), angles.cos()] if sines_first else [angles.cos(), angles.sin()]
+    return F.pad(torch.cat(waves, -1), (0, dim % 2))
 
 
 class TimeEmbedding(nn.Module):
