@@ -250,7 +250,7 @@ def test_a_step_is_shown_for_each_question_and_one_for_the_result(name) -> None:
 
 
 def test_the_noise_of_a_clipped_answer_is_its_own_or_the_answers() -> None:
-    """One step by hand: ADM takes what is in x beside the clamped x0 for noise, diffusers what the model took for it."""
+    """By hand: ADM takes what is in x beside the clamped x0 for noise, diffusers what the model took for it."""
     path, times = VariancePreserving(), torch.tensor([0.8, 0.4], dtype=torch.float64)
     x = torch.linspace(-4, 4, 9, dtype=torch.float64)[:, None]
     denoise = Bound(path, lambda x, t: x * 0.9)
