@@ -284,7 +284,10 @@ CLASSES: dict[str, tuple[Callable[[Mapping[str, Any]], Slot], str]] = {
         lambda config: {"kind": "deis", "order": int(config.get("solver_order", 2))},
         "linspace+",
     ),
-    "LCMScheduler": (_fixed("lcm", boundary=10.0, to="x0"), "lcm"),
+    "LCMScheduler": (
+        lambda config: {"kind": "lcm", "boundary": float(config.get("timestep_scaling", 10.0)), "to": "x0"},
+        "lcm",
+    ),
     "CMStochasticIterativeScheduler": (_consistency, "consistency"),
     "EDMEulerScheduler": (_fixed("euler"), "karras"),
     "EDMDPMSolverMultistepScheduler": (_dpm_multistep, "karras"),

@@ -131,6 +131,18 @@ def scheduler_of(sampling: Mapping[str, Any]) -> dict[str, Any]:
     return {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": True, **spacing}
 
 
+def scheduler_of_lcm(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """The scheduler of latent consistency models, with their boundary and the grid that they were distilled on."""
+    sampler, grid = slots_of(sampling)
+    return {
+        "_class_name": "LCMScheduler",
+        "clip_sample": False,
+        "original_inference_steps": int(grid.get("of", 50)),
+        "set_alpha_to_one": True,
+        "timestep_scaling": float(sampler.get("boundary") or 10.0),
+    }
+
+
 def slots_of(sampling: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """The sampler and the grid that are recommended, as slots of the catalogue."""
     known = spelled_out({name: sampling[name] for name in ("sampler", "grid") if sampling.get(name)})

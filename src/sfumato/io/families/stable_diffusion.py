@@ -24,7 +24,12 @@ from sfumato.text.joined import WAVES
 class StableDiffusion:
     """The family. See `sfumato.io.family.Family`."""
 
-    pipelines = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+    pipelines = (
+        "StableDiffusionPipeline",
+        "StableDiffusionImg2ImgPipeline",
+        "LatentConsistencyModelPipeline",
+        "LatentConsistencyModelImg2ImgPipeline",
+    )
 
     def read_folder(self, folder: Path, index: Mapping[str, Any]) -> Published:
         path, prediction, sampling = shared.read_table(folder)
@@ -46,7 +51,7 @@ class StableDiffusion:
             "conditioner": {"kind": "text", "length": shared.tokenizer_length(folder)},
         }
         size = [int(side) * factor for side in shared.pair(shape["size"])]
-        sampling = {"steps": 50, "guidance": 7.5, **sampling}
+        sampling = {**(TOLD if shape["guidance_dim"] else {"steps": 50, "guidance": 7.5}), **sampling}
         state = net | autoencoder | text
         return Published(section, size, sampling, state, files, shared.facts_of(folder, index))
 
@@ -62,8 +67,11 @@ class StableDiffusion:
         net, codec, text, path = model.net, model.codec, model.conditioner, model.denoiser.path
         assert isinstance(net, StableUNet) and isinstance(codec, Latents)
         assert isinstance(text, Text) and isinstance(path, Tabulated)
-        shared.write_index(place, self.pipelines[0], INDEX, model)
-        shared.write_table(place, path, model.spec["model"]["prediction"])
+        told = net.config.guidance_dim > 0
+        scheduler = shared.scheduler_of_lcm(model.spec["sampling"]) if told else None
+        parts = INDEX | ({"scheduler": ["diffusers", scheduler["_class_name"]]} if scheduler else {})
+        shared.write_index(place, self.pipelines[2 if told else 0], parts, model)
+        shared.write_table(place, path, model.spec["model"]["prediction"], scheduler=scheduler)
         write_unet(place / "unet", net, dtype)
         shared.write_vae(place, codec, dtype)
         shared.write_text(place, text, dtype)
@@ -74,7 +82,11 @@ class StableDiffusion:
     def read_file(self, state: Mapping[str, Tensor], file: Path, parts: Path | None) -> Published:
         length = 77 if parts is None else shared.tokenizer_length(parts)
         sampling = {"steps": 50, "guidance": 7.5}
-        return stable_files.read(state, file, parts, {"kind": "text", "length": length}, sampling)
+        found = stable_files.read(state, file, parts, {"kind": "text", "length": length}, sampling)
+        if found.section["net"].get("guidance_dim"):
+            own = found.sampling if found.sampling["sampler"].get("kind") == "lcm" else {}
+            found.sampling = {**LCM, **own, **TOLD}
+        return found
 
     def write_file(self, model: Model) -> dict[str, Tensor]:
         net = model.net
@@ -82,6 +94,11 @@ class StableDiffusion:
         return stable_files.write(model, "sd2" if net.config.context_dim == stable_files.OPENCLIP else "sd1")
 
 
+TOLD: dict[str, Any] = {  # how latent consistency models like to be sampled, which are told the guidance
+    "steps": 4,
+    "guidance": {"kind": "distilled", "scale": 8.5, "told": "weight"},
+}
+LCM: dict[str, Any] = shared.recommended({"_class_name": "LCMScheduler"})  # where a file says nothing of it
 INDEX: dict[str, Any] = {
     "feature_extractor": [None, None],
     "image_encoder": [None, None],
