@@ -9,7 +9,7 @@ import pytest
 from PIL import Image as Pillow
 
 from sfumato.data import cache as module
-from sfumato.data.cache import Latents, States, key_of, stores
+from sfumato.data.cache import LatentStore, StateStore, key_of, stores
 from sfumato.data.folder import Folder
 from sfumato.data.picture import fields_of
 from sfumato.data.scenes import Scenes
@@ -18,18 +18,18 @@ from sfumato.errors import CheckpointError, DataError
 SHAPE = (2, 3, 3)
 
 
-def moments(store: Latents, shard: int) -> Any:
+def moments(store: LatentStore, shard: int) -> Any:
     rows = np.array(store.indices(shard), np.float32)
     return rows[:, None, None, None, None] + np.zeros((len(rows), 2, *SHAPE), np.float32)
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Latents:
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LatentStore:
     monkeypatch.setattr(module, "MOST_ROWS", 4)
-    return Latents(tmp_path, {"codec": "one"}, 10, SHAPE)
+    return LatentStore(tmp_path, {"codec": "one"}, 10, SHAPE)
 
 
-def test_shards_are_filled_and_read_by_index(store: Latents) -> None:
+def test_shards_are_filled_and_read_by_index(store: LatentStore) -> None:
     assert store.shards == 3 and store.missing() == [0, 1, 2] and len(store.indices(2)) == 2
     for shard in (0, 2):
         store.write(shard, moments(store, shard))
@@ -46,13 +46,13 @@ def test_shards_are_filled_and_read_by_index(store: Latents) -> None:
     ("about", "rows", "shape"),
     [({"codec": "other"}, 10, SHAPE), ({"codec": "one"}, 11, SHAPE), ({"codec": "one"}, 10, (2, 3, 4))],
 )
-def test_what_it_depends_on_is_its_name(store: Latents, about: Any, rows: int, shape: Any) -> None:
+def test_what_it_depends_on_is_its_name(store: LatentStore, about: Any, rows: int, shape: Any) -> None:
     root = store.folder.parent.parent
-    assert Latents(root, about, rows, shape).folder != store.folder
-    assert Latents(root, {"codec": "one"}, 10, SHAPE).folder == store.folder
+    assert LatentStore(root, about, rows, shape).folder != store.folder
+    assert LatentStore(root, {"codec": "one"}, 10, SHAPE).folder == store.folder
 
 
-def test_damaged_and_unfinished_shards_are_missing(store: Latents, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_and_unfinished_shards_are_missing(store: LatentStore, monkeypatch: pytest.MonkeyPatch) -> None:
     for shard in range(3):
         store.write(shard, moments(store, shard))
     place = store.folder / "000001" / "moments.npy"
@@ -75,14 +75,14 @@ def test_damaged_and_unfinished_shards_are_missing(store: Latents, monkeypatch: 
     assert store.missing() == [2] and not list(store.folder.glob(".0*"))
 
 
-def test_a_shard_that_is_lost_while_it_is_read_is_named(store: Latents) -> None:
+def test_a_shard_that_is_lost_while_it_is_read_is_named(store: LatentStore) -> None:
     store.write(0, moments(store, 0))
     with pytest.raises(CheckpointError, match=r"lost a shard[\s\S]*000001"):
         store.read([1, 5])
 
 
 def test_states_are_found_by_content_and_added_to(tmp_path: Path) -> None:
-    store = States(tmp_path, {"encoder": 1})
+    store = StateStore(tmp_path, {"encoder": 1})
     red, blue = {"caption": "red"}, {"caption": "blue", "label": None}
     assert store.missing([red, {}, red, blue]) == [red, {}, blue]
 
@@ -92,19 +92,19 @@ def test_states_are_found_by_content_and_added_to(tmp_path: Path) -> None:
     store.write([red, {}], [state(1), state(2)])
     assert store.missing([red, blue, {}]) == [blue] and len(store) == 2
     store.write([blue], [state(3)])
-    again = States(tmp_path, {"encoder": 1})
+    again = StateStore(tmp_path, {"encoder": 1})
     assert again.missing([red, blue, {}]) == [] and key_of(blue) == key_of({"caption": "blue"})
     found = again.read({"caption": "blue"})
     assert found["context"].tolist() == [[3.0] * 4] * 3 and found["context_mask"].all()
     assert again.read({})["context"].shape == (2, 4)
     with pytest.raises(DataError, match=r"not in the cache[\s\S]*green"):
         again.read({"caption": "green"})
-    assert States(tmp_path, {"encoder": 2}).missing([red]) == [red]
+    assert StateStore(tmp_path, {"encoder": 2}).missing([red]) == [red]
     assert sorted(about["encoder"] for _, about, _ in stores(tmp_path)) == [1]
 
 
 def test_a_damaged_shard_of_states_is_computed_anew(tmp_path: Path) -> None:
-    store = States(tmp_path, {})
+    store = StateStore(tmp_path, {})
     store.write([{"caption": "red"}], [{"context": np.zeros((1, 2), np.float32)}])
     (file,) = tmp_path.rglob("states.safetensors")
     file.write_bytes(file.read_bytes()[:-3])

@@ -132,16 +132,16 @@ def test_it_goes_on_where_it_was_stopped(
     small: Small, tmp_path: Path, autoencoder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small(*ON, autoencoder, f"data.cache={tmp_path / 'cache'}")
-    write, written = stores.Latents.write, []
+    write, written = stores.LatentStore.write, []
 
-    def stop(self: stores.Latents, shard: int, moments: Any) -> None:
+    def stop(self: stores.LatentStore, shard: int, moments: Any) -> None:
         if len(written) == 2:
             raise KeyboardInterrupt
         written.append(shard)
         write(self, shard, moments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(stores.Latents, "write", stop)
+        patch.setattr(stores.LatentStore, "write", stop)
         filled(config)
     with pytest.raises(DataError, match=r"1 of 3 shards of latents[\s\S]*sfumato data cache"):
         train(config, run=tmp_path / "run")

@@ -32,7 +32,7 @@ def digest_of(said: Any) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()
 
 
-class Latents:
+class LatentStore:
     """The latents of a data set: mean and standard deviation of each picture's distribution, by its index.
 
     folder: of all stores. about: everything that the latents depend on, plain data; its digest is the name.
@@ -95,7 +95,7 @@ class Latents:
         return self.folder / f"{shard:06d}"
 
 
-class States:
+class StateStore:
     """What a frozen conditioner makes of raw conditions, by their content.
 
     folder: of all stores. about: everything that the states depend on but the conditions themselves. New conditions
@@ -136,8 +136,9 @@ class States:
             (place / "keys.json").write_text(json.dumps(keys), encoding="utf-8")
 
         _describe(self.folder, self.about)
-        files.publish(self.folder / digest_of(keys)[:32], fill, replace=True)
-        self.refresh()
+        place = self.folder / digest_of(keys)[:32]
+        files.publish(place, fill, replace=True)
+        self._where |= {key: (place / "states.safetensors", row) for row, key in enumerate(keys)}
 
     def read(self, raw: Mapping[str, object]) -> dict[str, NDArray[Any]]:
         """The states of a condition. DataError for one that is not there."""

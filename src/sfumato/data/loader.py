@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sfumato.data.cache import Latents
+from sfumato.data.cache import LatentStore
 from sfumato.data.order import indices, permuted
 from sfumato.data.picture import Dataset, Fields, Image, fields_of
 
@@ -43,7 +43,7 @@ class Loader:
         position: int = 0,
         workers: int = 1,
         holdout: int = 0,
-        latents: Latents | None = None,
+        latents: LatentStore | None = None,
     ) -> None:
         self.dataset, self.batch, self.seed, self.latents = dataset, batch, seed, latents
         self.holdout = holdout if 2 * holdout <= len(dataset) else len(dataset) // 10

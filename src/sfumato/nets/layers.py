@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 # Whether the CPU multiplies bfloat16 numbers itself.
 BF16_ARITHMETIC: bool = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+SHORT = 128  # places up to which attention is cheap to keep
 
 
 def sinusoid(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
@@ -135,11 +136,13 @@ def attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Ten
     """Softmax attention of (B, heads, L, dim) over (B, heads, M, dim); mask (B, M) is True where a key counts.
 
     Where no key counts, the answer is zero. In bfloat16 on a CPU that has such arithmetic, training with short
-    sequences, three plain operations stand for the fused kernel, whose backward pass is slow there; on a CPU without it
+    sequences, three plain operations stand for the fused kernel, whose backward pass is slow there (they keep the
+    attention itself for it, which long sequences have no memory for); on a CPU without it
     the fused kernel is as fast in float32 and twice as fast in bfloat16 (`benchmarks/attention.py` measures both).
     """
     learning = torch.is_grad_enabled() and q.requires_grad
-    if BF16_ARITHMETIC and q.dtype == torch.bfloat16 and q.device.type == "cpu" and k.shape[2] <= 256 and learning:
+    short = q.shape[2] * k.shape[2] <= SHORT**2
+    if BF16_ARITHMETIC and q.dtype == torch.bfloat16 and q.device.type == "cpu" and short and learning:
         return attended_plainly(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None])
 

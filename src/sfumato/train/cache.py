@@ -21,7 +21,7 @@ from sfumato.adapters.training import begin
 from sfumato.catalogue import build
 from sfumato.conditioners import Conditioner, Raw, silent
 from sfumato.config import Config
-from sfumato.data.cache import Latents, States
+from sfumato.data.cache import LatentStore, StateStore
 from sfumato.data.picture import Dataset, fields_of
 from sfumato.denoiser import Cond, joined
 from sfumato.errors import ConfigError, DataError
@@ -43,8 +43,8 @@ class Cache:
     those that stay when a condition is dropped.
     """
 
-    latents: Latents | None
-    states: States | None
+    latents: LatentStore | None
+    states: StateStore | None
     fields: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
 
@@ -111,12 +111,12 @@ def cache_of(
             "data": _identity(dataset),
             "size": list(dataset.shape),
         }
-        latents = Latents(folder, about, len(dataset), coder.shape(*dataset.shape))
+        latents = LatentStore(folder, about, len(dataset), coder.shape(*dataset.shape))
     described, teller = conditioner
     if teller is not None and _is_frozen(teller):
         assert described is not None
         files_ = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(teller.files().items())}
-        states = States(folder, {"conditioner": _without(described), "weights": digest(teller), "files": files_})
+        states = StateStore(folder, {"conditioner": _without(described), "weights": digest(teller), "files": files_})
     if latents is None and states is None:
         seen = f"codec {slot.get('kind')}, conditioner {None if described is None else described.get('kind')}"
         raise ConfigError(
@@ -203,7 +203,7 @@ def _ends(config: Config, dataset: Dataset) -> tuple[Any, Any, Any, Any]:
 
 @torch.no_grad()
 def _fill_latents(
-    store: Latents,
+    store: LatentStore,
     codec: codecs.Latents | codecs.TinyLatents,
     dataset: Dataset,
     batch: int,
