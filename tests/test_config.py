@@ -160,9 +160,8 @@ def test_a_value_is_dug_out() -> None:
 def test_what_a_network_is_told_is_what_networks_have() -> None:
     from sfumato.registry import options_of
 
-    told = {kind: set(options_of(KINDS["Net"][kind]) or {}) for kind in ("unet", "dit", "pixel_unet")}
-    assert set(FILLED_IN) == set(FILLED_IN) & set().union(*told.values())
-    assert all(set(FILLED_IN) - {"unlabelled"} <= told[kind] for kind in ("unet", "dit"))
+    for kind in ("unet", "dit"):
+        assert set(FILLED_IN) <= set(options_of(KINDS["Net"][kind]) or {})
 
 
 OWN = '''
