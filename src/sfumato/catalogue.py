@@ -194,6 +194,14 @@ FAMILIES = {
     "ddpm": "sfumato.io.families.ddpm:DDPM",
     "consistency": "sfumato.io.families.consistency:Consistency",
 }
+# The names of a network's weights elsewhere, by its kind: functions of its config, of which the first that has a line
+# for every layer counts; for adapters (`sfumato.adapters`)
+NAME_TABLES = {
+    "stable_unet": ("sfumato.io.families.stable:lines",),
+    "flux": ("sfumato.io.families.flux:lines",),
+    "mmdit": ("sfumato.io.families.sd3:lines",),
+    "dit": ("sfumato.io.families.dit:lines", "sfumato.io.families.pixart:lines"),
+}
 DATA = {"scenes": "sfumato.data.scenes:Scenes", "folder": "sfumato.data.folder:Folder"}
 OPTIMIZERS = {"adamw": "sfumato.train.optim:adamw", "muon": "sfumato.train.optim:muon"}
 

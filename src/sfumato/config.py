@@ -138,13 +138,35 @@ class SamplingSection(Section):
     rescale: Share = 0.0
 
 
+class LoraSection(Section):
+    """Train a low-rank change of the model that `start` names, and leave the model as it is.
+
+    alpha: the change is multiplied by alpha / rank; the rank unless said. dora: rows also have a length of their own.
+    targets: layers by group (attention, feedforward, linear, conv), or by the end of their name in any layout: to_q.
+    text: the text encoder too.
+    """
+
+    rank: Positive
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dora: bool = False
+    targets: Annotated[list[str], Field(min_length=1)] = ["attention", "feedforward"]
+    text: bool = False
+
+
 class Config(Section):
-    """Everything a run is determined by."""
+    """Everything a run is determined by.
+
+    start: a run, a model directory, a folder of diffusers or a file, whose model is trained further; it takes the place
+    of `model`, and of `sampling` unless that is said.
+    """
 
     name: str = Field(pattern=r"^[\w][\w .-]*$", coerce_numbers_to_str=True)
     seed: Natural = 0
     data: Slot
-    model: ModelSection
+    model: ModelSection | None = None
+    start: str | None = None
+    lora: LoraSection | None = None
     objective: Slot = {"kind": "denoising"}
     optim: OptimSection = OptimSection()
     steps: Positive
@@ -234,6 +256,14 @@ def slot_problems(raw: dict[str, Any]) -> Iterator[Problem]:
         for problem in check(slot, "Optimizer", KINDS, "optim"):
             inside = problem.where.removeprefix("optim.")
             yield problem._replace(where=f"optim.options.{inside}" if problem.where != "optim" else "optim.kind")
+
+
+def start_problems(raw: dict[str, Any]) -> Iterator[Problem]:
+    """What is wrong with where a run is to start from."""
+    if raw.get("model") is None and raw.get("start") is None:
+        yield Problem("model", "is missing", "", "start=MODEL trains a model further")
+    if raw.get("lora") is not None and raw.get("start") is None:
+        yield Problem("lora", "changes a model, and none is named", "", "start=MODEL")
 
 
 def _misplaced(raw: dict[str, Any]) -> Iterator[Problem]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sfumato import __version__
+from sfumato.adapters.lora import Living
 from sfumato.catalogue import build
 from sfumato.conditioners import Raw
 from sfumato.data.picture import Image
@@ -87,6 +88,7 @@ class Pipeline:
         self.precision = precision
         self._variants: dict[str, torch.nn.Module] = {}
         self.tuned: dict[int, dict[str, Any]] = {}  # slots of samplers made for this model, by number of steps
+        self._loras: Living | None = None
         if compile:
             compile_net(self.model.net, self.device)
 
@@ -118,6 +120,29 @@ class Pipeline:
                 "no sampler was tuned for so many steps", where="steps", seen=f"{steps}; there are {there}", fix=fix
             )
         return self.tuned[steps]
+
+    def load_lora(self, path: str | Path, scale: float = 1.0, name: str | None = None) -> str:
+        """Puts an adapter of any dialect (see `sfumato.adapters`) beside those that are there; its name, the file's
+        unless said. CheckpointError for one of another model.
+        """
+        return self.loras.load(path, scale, name)
+
+    def set_loras(self, scales: Mapping[str, float]) -> None:
+        """Which adapters are at work, each with its scale; the others rest. Nothing is loaded anew."""
+        self.loras.set(scales)
+
+    def unload_lora(self, name: str | None = None) -> None:
+        """Takes an adapter away, or all; the model is then what it was."""
+        for one in [name] if name is not None else list(self.loras.scales):
+            self.loras.remove(one)
+
+    @property
+    def loras(self) -> Living:
+        """The adapters in use: their scales, and merging them into the weights and taking them out again."""
+        if self._loras is None:
+            self._loras = Living(self.model)
+        self._variants.clear()  # which are made of the network's layers
+        return self._loras
 
     def sample(
         self,
@@ -400,6 +425,8 @@ class Pipeline:
             said["negative_fields"] = spoken(order.negative)
         if order.begin is not None:
             said |= {"strength": order.begin.strength, "masked": order.begin.mask is not None}
+        if self._loras is not None and (at_work := self._loras.at_work):
+            said["loras"] = at_work
         negative = None if order.negative is None else _text(order.negative)
         facts = {"model": self.model.facts} if self.model.facts else {}
         return {

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sfumato.adapters.training import begin
 from sfumato.catalogue import build
 from sfumato.config import Config
 from sfumato.errors import ConfigError, nearest
@@ -23,6 +24,7 @@ from sfumato.io.fill import unfilled
 from sfumato.io.pretrained import LATENTS, TINY, codec_from
 from sfumato.model import AutoencoderModel, Model, build_autoencoder, build_model
 from sfumato.overlay import resolved
+from sfumato.train.start import read_start, with_start
 
 # Peak products in bfloat16, dense, per second, from the makers' data sheets; memory in bytes.
 DEVICES: dict[str, tuple[float, float]] = {
@@ -106,7 +108,10 @@ def plan(config: Config, device: str | None = None, share: float = 0.4) -> Plan:
 
 def built(config: Config) -> Model | AutoencoderModel:
     """The model of a configuration, without memory for its parameters, data or other people's weights."""
-    section = resolved(config)
+    section, files = resolved(config), None
+    if config.start is not None:
+        start = read_start(config.start)
+        section, files = resolved(with_start(config, start)), start.files
     model = dict(section["model"])
     model["codec"] = _alone(model["codec"])
     model["conditioner"] = _alone(model["conditioner"])
@@ -115,7 +120,10 @@ def built(config: Config) -> Model | AutoencoderModel:
     spec = {"model": model, "size": size, "sampling": section["sampling"]}
     with torch.random.fork_rng(devices=[]), unfilled():
         if model["net"] is not None:
-            return build_model(spec)
+            made = build_model(spec, files=files)
+            if config.lora is not None:
+                begin(made, config.lora)
+            return made
         objective = build(config.objective, "Objective")
         return build_autoencoder(spec, getattr(objective, "discriminator", None), getattr(objective, "train", "all"))
 

@@ -48,6 +48,9 @@ def sample(
     parts: Path | None = typer.Option(
         None, "--parts", help="For a single file: a folder of diffusers with what it lacks (a tokenizer, ...)."
     ),
+    lora: list[str] | None = typer.Option(
+        None, "--lora", help="An adapter and perhaps its scale; as often as there are some.", metavar="FILE[:SCALE]"
+    ),
     json: bool = typer.Option(False, "--json", help="Print the paths and settings as JSON."),
 ) -> None:
     """Draw pictures.
@@ -63,6 +66,8 @@ def sample(
     if options is not None and not isinstance(options, dict):
         raise ConfigError("options are a mapping", where="--text", seen=str(text), fix="--text '{emphasis: true}'")
     pipeline = load(run, device, precision=precision, parts=parts, text=options, text_device=text_device)
+    for adapter, scale in map(scaled, lora or []):
+        pipeline.load_lora(adapter, scale)
     place = made(folder or home(run) / "pictures")
     asked = [prompt for prompt in wanted or [None] for _ in range(n)]
     with bar("drawing") as progress:
@@ -93,6 +98,15 @@ def sample(
     for path in [*paths, *([sheet] if sheet else [])]:
         line(path)
     say(f"{len(paths)} picture{'s' * (len(paths) > 1)} in {place}")
+
+
+def scaled(text: str) -> tuple[str, float]:
+    """FILE or FILE:SCALE; a scale of 1 is what was trained."""
+    path, colon, number = text.rpartition(":")
+    try:
+        return (path, float(number)) if colon else (text, 1.0)
+    except ValueError:  # a colon of the path itself
+        return text, 1.0
 
 
 def slot(text: str | None) -> Any:

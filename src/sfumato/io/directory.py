@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sfumato import files
 from sfumato.config import slot_problems
-from sfumato.errors import CheckpointError
+from sfumato.errors import CheckpointError, ConfigError
 from sfumato.io.fill import fill_weights, unfilled
 from sfumato.io.tensors import tensors_of
 from sfumato.model import AutoencoderModel, Model, Trainable, build_autoencoder, build_model
@@ -47,8 +47,13 @@ def save_model(
     those of floating point are stored as `dtype`.
     """
 
+    kept = model.weights() if weights is None else weights
+    if any(".base_layer." in name for name in kept):
+        what, fix = "an adapter stands beside the weights", "merge it, or take it away, before saving"
+        raise ConfigError(what, where=str(folder), seen="a model with LoRA", fix=fix)
+
     def fill(place: Path) -> None:
-        write_weights(place / "model.safetensors", model.weights() if weights is None else weights, dtype)
+        write_weights(place / "model.safetensors", kept, dtype)
         extra = model.files()
         for name, data in extra.items():
             (place / name).write_bytes(data)
@@ -162,21 +167,42 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise CheckpointError("weights cannot be read", where=str(path), seen=str(error)) from None
 
 
-def write_weights(path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
+def write_weights(
+    path: Path,
+    weights: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """A safetensors file of some tensors, with the mode that other files have. OSError where there is no room for it.
 
-    dtype: what those of floating point are stored as; None keeps theirs.
+    dtype: what those of floating point are stored as; None keeps theirs. metadata: for its header.
     """
     path.touch()
     mode = path.stat().st_mode
     try:
-        save_file(_stored(weights, dtype), path, {"format": "pt"})
+        save_file(_stored(weights, dtype), path, {"format": "pt", **(metadata or {})})
     except SafetensorError as error:
         said = re.search(r"os error (\d+)", str(error))
         if said is None:
             raise
         raise OSError(int(said[1]), os.strerror(int(said[1])), str(path)) from error
+    if metadata:
+        _order_header(path)
     path.chmod(mode)  # the library's own files are for their owner alone
+
+
+def _order_header(path: Path) -> None:
+    """Puts what the header says into the order of its names: the library writes it in a random one, and the same
+    weights are to be the same bytes.
+    """
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        said = json.loads(file.read(size))
+        said["__metadata__"] = dict(sorted(said["__metadata__"].items()))
+        text = json.dumps(said, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def _stored(weights: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:

@@ -142,7 +142,7 @@ def _moved(parts: list[Tensor], one: Line, leaf: str, source: str, target: str) 
     if (source in one.swapped) != (target in one.swapped):
         parts = [torch.cat(part.chunk(2)[::-1]) for part in parts]
     if (source in one.inner) != (target in one.inner):
-        parts = [_repacked(part, one.side, source in one.inner) for part in parts]
+        parts = [repacked(part, one.side, source in one.inner) for part in parts]
     return dict(zip(names, parts, strict=True))
 
 
@@ -151,7 +151,7 @@ def _regrouped(rows: Tensor, heads: int, by_head: bool) -> Tensor:
     return rows.unflatten(0, (heads, 3, -1) if by_head else (3, heads, -1)).transpose(0, 1).flatten(0, 2)
 
 
-def _repacked(rows: Tensor, side: int, inner: bool) -> Tensor:
+def repacked(rows: Tensor, side: int, inner: bool) -> Tensor:
     """The rows of a patch counted the other way. inner: channels run fastest now."""
     shape = (side, side, -1) if inner else (-1, side, side)
     return rows.unflatten(0, shape).movedim(*((2, 0) if inner else (0, 2))).flatten(0, 2)

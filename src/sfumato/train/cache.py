@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato import codecs, files
+from sfumato.adapters.training import begin
 from sfumato.catalogue import build
 from sfumato.conditioners import Conditioner, Raw, silent
 from sfumato.config import Config
@@ -28,6 +29,7 @@ from sfumato.io.pretrained import codec_from, fill_codec
 from sfumato.model import Model, Trainable, pick_device
 from sfumato.overlay import resolved
 from sfumato.train.pixels import pixels
+from sfumato.train.start import model_of, read_start, with_start
 
 VARIABLE, USUAL = "SFUMATO_CACHE", "~/.cache/sfumato"  # where caches lie when data.cache=true
 AT_ONCE = 256  # conditions of a shard, about
@@ -158,18 +160,9 @@ def fill(config: Config, folder: Path, progress: Callable[[str], Any]) -> Filled
 
     progress: gives for a name a context manager of a function that is told (done, of how many).
     """
-    device, section = pick_device(config.device), resolved(config)["model"]
-    if section["net"] is None:
-        raise ConfigError("an autoencoder is trained on pictures", where="model.net", seen="null", fix="another recipe")
-    dataset = build(config.source, "Data")
-    slot, weights = codec_from(section["codec"])
-    codec = build(slot, "Codec")
-    fill_codec(codec, weights)
-    conditioner = build(section["conditioner"], "Conditioner")
-    if conditioner is not None:
-        conditioner.prepare(dataset)
-        conditioner.of_size(dataset.shape)
-    cache = cache_of(folder, dataset, (_as_slot(slot), codec), (section["conditioner"], conditioner))
+    device, dataset = pick_device(config.device), build(config.source, "Data")
+    slot, codec, described, conditioner = _ends(config, dataset)
+    cache = cache_of(folder, dataset, (_as_slot(slot), codec), (described, conditioner))
     pictures = conditions = 0
     with files.lock(folder, "filling a cache"):
         if cache.latents is not None:
@@ -184,6 +177,28 @@ def fill(config: Config, folder: Path, progress: Callable[[str], Any]) -> Filled
     size = sum(path.stat().st_size for place in held for path in place.rglob("*") if path.is_file())
     kept = (cache.latents.rows if cache.latents else 0), (len(cache.states) if cache.states else 0)
     return Filled(str(folder), kept[0], pictures, kept[1], conditions, size)
+
+
+def _ends(config: Config, dataset: Dataset) -> tuple[Any, Any, Any, Any]:
+    """What stands at the ends of the network of a run: the codec's slot and itself, the conditioner's and itself."""
+    if config.start is not None:
+        start = read_start(config.start)
+        section = resolved(with_start(config, start))
+        model = model_of(start, {name: section[name] for name in ("model", "sampling")} | {"size": list(dataset.shape)})
+        if config.lora is not None:
+            begin(model, config.lora)
+        return section["model"]["codec"], model.codec, section["model"]["conditioner"], model.conditioner
+    section = resolved(config)["model"]
+    if section["net"] is None:
+        raise ConfigError("an autoencoder is trained on pictures", where="model.net", seen="null", fix="another recipe")
+    slot, weights = codec_from(section["codec"])
+    codec = build(slot, "Codec")
+    fill_codec(codec, weights)
+    conditioner = build(section["conditioner"], "Conditioner")
+    if conditioner is not None:
+        conditioner.prepare(dataset)
+        conditioner.of_size(dataset.shape)
+    return slot, codec, section["conditioner"], conditioner
 
 
 @torch.no_grad()

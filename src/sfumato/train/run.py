@@ -7,22 +7,26 @@ skipped stays skipped.
 
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sfumato import files
+from sfumato.adapters import training as adapters
+from sfumato.adapters.parts import parts_of
+from sfumato.adapters.writing import write_adapter
 from sfumato.catalogue import build
 from sfumato.config import Config
 from sfumato.data.loader import Batch, Loader
 from sfumato.data.order import indices
 from sfumato.errors import CheckpointError, ConfigError, DataError, Interrupted, MachineError
 from sfumato.io.directory import save_model
-from sfumato.model import AutoencoderModel, Model, compile_net, pick_device
+from sfumato.model import AutoencoderModel, Model, build_model, compile_net, pick_device
 from sfumato.overlay import resolved
 from sfumato.train import checkpoint
 from sfumato.train.cache import cache_for
@@ -34,6 +38,7 @@ from sfumato.train.log import Log
 from sfumato.train.optim import build_optimizer, learning_rate
 from sfumato.train.pixels import pixels
 from sfumato.train.preview import preview, reconstructions, wanted
+from sfumato.train.start import FOLDER, Start, model_of, read_start
 from sfumato.train.step import Outcome, Stepper
 from sfumato.train.trainable import trainable
 from sfumato.train.validate import Validation
@@ -46,12 +51,13 @@ MEASURED = 512  # pictures by which the scale of an autoencoder's latents is mea
 class Run:
     """A run of a configuration in a folder, from its beginning or from its newest whole checkpoint.
 
+    start: the model to begin with, where the configuration names one and the run is new.
     step counts the steps, made or skipped, updates those that were made, images the pictures seen. pending: loss,
     gradient norm and what else the objective tells of the steps since the last row of metrics. shown: the conditions
     that are drawn on the way, or of an autoencoder's run the pictures that are reconstructed.
     """
 
-    def __init__(self, config: Config, folder: Path, resume: bool) -> None:
+    def __init__(self, config: Config, folder: Path, resume: bool, start: Start | None = None) -> None:
         self.config, self.folder = config, folder
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -59,7 +65,7 @@ class Run:
         told: list[str] = []
         kept = checkpoint.newest(self.checkpoints, told.append) if resume else None
         self.dataset = build(config.source, "Data")
-        self._build(kept[1] if kept else None)
+        self._build(kept[1] if kept else None, start)
         self.step = self.updates = self.images = 0
         self.pending: list[dict[str, float]] = []
         if kept is not None:
@@ -114,13 +120,17 @@ class Run:
             self.log.say(f"{self.images:,} images in {self.step:,} steps; the model is in {self.folder / 'model'}")
         return self.folder / "model"
 
-    def _build(self, state: State | None) -> None:
+    def _build(self, state: State | None, start: Start | None) -> None:
         """The parts, freshly initialised; a conditioner's vocabulary is that of the checkpoint, if there is one."""
         config = self.config
         torch.manual_seed(key(config.seed, "weights"))
         objective = build(config.objective, "Objective")
         files_ = None if state is None else state.files
-        self.model = trainable(self.section, self.dataset, objective, files_).to(self.device).train()
+        if config.start is None:
+            self.model = trainable(self.section, self.dataset, objective, files_)
+        else:
+            self.model = self._further(files_, start)
+        self.model.to(self.device).train()
         self.weights = self.model.trained()
         self.averaged = {name: p for name, p in self.weights.items() if self.model.is_kept(name)}
         self.optimizer = build_optimizer(self.model, config)
@@ -140,6 +150,21 @@ class Run:
         if config.compile:
             for part in self.model.compiled():
                 compile_net(part, self.device, dynamic=False)
+
+    def _further(self, kept: Mapping[str, bytes] | None, start: Start | None) -> Model:
+        """The model to begin with, and perhaps a new adapter of it. A run that trains one keeps the model beside its
+        checkpoints, which lack it; of any other they have all weights. kept: the conditioner's files, of a checkpoint.
+        """
+        size, lora, place = self.dataset.shape, self.config.lora, self.folder / FOLDER
+        spec = {"model": self.section["model"], "size": list(size), "sampling": self.section["sampling"]}
+        if start is None and lora is None:
+            return build_model(spec, None, kept)
+        model = model_of(start or read_start(place), spec)
+        if lora is not None:
+            if start is not None:
+                save_model(place, model, {"start": start.where})
+            adapters.begin(model, lora)
+        return model
 
     def _advance(self) -> None:
         """One step: made, or skipped and counted."""
@@ -275,18 +300,40 @@ class Run:
             "optimizer": self.config.optim.kind,
             "numerics": checkpoint.numerics(self.device),
         }
-        return State({"model": self.model.weights(), **averages, "optim": optim}, plain, self.model.files())
+        return State({"model": self._kept(), **averages, "optim": optim}, plain, self.model.files())
+
+    def _kept(self) -> dict[str, Tensor]:
+        """What a checkpoint has of the weights: all of them, or the adapter's."""
+        if self.config.lora is None:
+            return self.model.weights()
+        return {name: value.detach() for name, value in self.weights.items()}
 
     def _save_models(self) -> None:
-        """A model directory for each average: `model/` for the first, `model-1/`, `model-2/` for others."""
+        """A model directory for each average: `model/` for the first, `model-1/`, `model-2/` for others; an adapter
+        lies beside it, and is in it.
+        """
         for i, (average, section) in enumerate(zip(self.averages, self.section["ema"], strict=True)):
             facts = {"run": self.config.name, "steps": self.step, "images": self.images, "seed": self.config.seed}
-            folder = self.folder / (f"model-{i}" if i else "model")
+            more = {name: self.section[name] for name in ("start", "lora") if self.section[name] is not None}
+            end = f"-{i}" if i else ""
             if isinstance(self.model, AutoencoderModel):
                 with average.applied(list(self.averaged.values())):
                     self.model.measure(self._some(MEASURED), getattr(self.stepper.objective, "latents", "one"))
-            weights = {name: value for name, value in self.model.weights().items() if self.model.is_kept(name)}
-            save_model(folder, self.model, facts | {"ema": section}, weights | average.state())
+            if self.config.lora is not None:
+                weights = self._merged(average, end)
+            else:
+                kept = {name: value for name, value in self.model.weights().items() if self.model.is_kept(name)}
+                weights = kept | average.state()
+            save_model(self.folder / f"model{end}", self.model, facts | {"ema": section, **more}, weights)
+
+    def _merged(self, average: EMA, end: str) -> dict[str, Tensor]:
+        """The weights with an average of the adapter in them; the adapter itself is written."""
+        assert isinstance(self.model, Model)
+        with average.applied(list(self.averaged.values())):
+            adapter, weights = adapters.trained_adapter(self.model), adapters.merged_weights(self.model)
+        file = self.folder / f"lora{end}.safetensors"
+        write_adapter(file, adapter, parts_of(self.model), base=self.config.start)
+        return weights
 
     def _some(self, n: int) -> Iterator[torch.Tensor]:
         """The first pictures that training sees, in batches."""
@@ -318,7 +365,7 @@ class Run:
 
     def _adopt(self, state: State) -> None:
         """Weights, averages and optimizer of a checkpoint; an average that it does not have begins with the weights."""
-        own, kept = self.model.weights(), state.tensors["model"]
+        own, kept = self._kept(), state.tensors["model"]
         if own.keys() != kept.keys() or any(own[name].shape != kept[name].shape for name in own):
             raise CheckpointError(
                 "a checkpoint does not fit the model", where=str(self.folder), seen="other weights", fix="name=ANOTHER"
@@ -332,8 +379,11 @@ class Run:
 
     def _check_room(self) -> None:
         """MachineError if the disk has no room for one checkpoint and the model directories."""
-        weights = sum(value.nbytes for value in self.model.weights().values())
-        needed, free = weights * (3 + 2 * len(self.averages)), files.free_space(self.folder)
+        kept, whole = (
+            sum(value.nbytes for value in weights.values()) for weights in (self._kept(), self.model.weights())
+        )
+        n = len(self.averages)
+        needed, free = kept * (3 + n) + whole * n, files.free_space(self.folder)
         if free < needed:
             raise MachineError(
                 "the disk has no room for a checkpoint",
@@ -370,9 +420,8 @@ class Run:
             self.log.say(line)
         millions = sum(p.numel() for p in self.weights.values()) / 1e6
         data = f"{len(self.dataset):,} pictures of {self.dataset.shape[1]}x{self.dataset.shape[0]}"
-        self.log.say(
-            f"{self.config.name}: {millions:.1f}M weights, {data}, on {self.device} in {self.config.precision}"
-        )
+        of = "weights" if self.config.start is None else f"weights that learn, of those of {self.config.start}"
+        self.log.say(f"{self.config.name}: {millions:.1f}M {of}, {data}, on {self.device} in {self.config.precision}")
         for note in self.model.notes():
             self.log.say(note)
         if self.loader.holdout < (asked := self.config.validate_.holdout):

@@ -222,7 +222,7 @@ class DiTFamily:
             "vae": ["diffusers", "AutoencoderKL"],
         }
         shared.write_index(place, self.pipelines[0], parts | ({"id2label": names} if names else {}), model)
-        shared.write_table(place, path, str(model.spec["model"]["prediction"]), model.spec["sampling"])
+        shared.write_table(place, path, model.spec["model"]["prediction"], model.spec["sampling"])
         shared.write_json(place / "transformer" / "config.json", _described(net.config))
         state = renamed(net.state_dict(), lines(net.config), OURS, DIFFUSERS, str(place))
         shared.write_part(place / "transformer" / shared.WEIGHTS, _copied(state, net.config.depth), dtype)

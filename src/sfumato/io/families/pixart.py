@@ -171,7 +171,7 @@ class PixArt:
         sampling = model.spec["sampling"]
         parts = {**INDEX, "scheduler": ["diffusers", shared.scheduler_of(sampling)["_class_name"]]}
         shared.write_index(place, kinds[0], parts, model)
-        shared.write_table(place, path, str(model.spec["model"]["prediction"]), sampling)
+        shared.write_table(place, path, model.spec["model"]["prediction"], sampling)
         shared.write_json(place / "transformer" / "config.json", _described(net.config))
         state = {key: value for key, value in net.state_dict().items() if key != "unsaid"}
         named = renamed(state, lines(net.config), OURS, DIFFUSERS, str(place))

@@ -70,7 +70,7 @@ class SDXL:
         assert isinstance(text, Texts) and isinstance(path, Tabulated)
         index = {**INDEX, "force_zeros_for_empty_prompt": text.zeros}
         shared.write_index(place, self.pipelines[0], index, model)
-        shared.write_table(place, path, str(model.spec["model"]["prediction"]))
+        shared.write_table(place, path, model.spec["model"]["prediction"])
         write_unet(place / "unet", net, dtype)
         shared.write_vae(place, codec, dtype)
         shared.write_text(place, text, dtype)

@@ -71,7 +71,7 @@ class StableDiffusion:
         scheduler = shared.scheduler_of_lcm(model.spec["sampling"]) if told else None
         parts = INDEX | ({"scheduler": ["diffusers", scheduler["_class_name"]]} if scheduler else {})
         shared.write_index(place, self.pipelines[2 if told else 0], parts, model)
-        shared.write_table(place, path, str(model.spec["model"]["prediction"]), scheduler=scheduler)
+        shared.write_table(place, path, model.spec["model"]["prediction"], scheduler=scheduler)
         write_unet(place / "unet", net, dtype)
         shared.write_vae(place, codec, dtype)
         shared.write_text(place, text, dtype)
