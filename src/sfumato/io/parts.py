@@ -146,11 +146,12 @@ def scheduler_of_lcm(sampling: Mapping[str, Any]) -> dict[str, Any]:
 def slots_of(sampling: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """The sampler and the grid that are recommended, as slots of the catalogue."""
     known = spelled_out({name: sampling[name] for name in ("sampler", "grid") if sampling.get(name)})
-    sampler, grid = (known.get(name) for name in ("sampler", "grid"))
-    return (
-        sampler if isinstance(sampler, Mapping) else {"kind": sampler},
-        grid if isinstance(grid, Mapping) else {"kind": grid},
-    )
+    return slot_of(known.get("sampler")), slot_of(known.get("grid"))
+
+
+def slot_of(said: Any) -> Mapping[str, Any]:
+    """A slot, from a name or a mapping with `kind`."""
+    return said if isinstance(said, Mapping) else {"kind": said}
 
 
 def write_table(
@@ -168,7 +169,7 @@ def write_table(
     """
     theirs = {ours: name for name, ours in PREDICTIONS.items()}
     schedules = {ours: name for name, ours in SCHEDULES.items()}
-    prediction = str(prediction["kind"] if isinstance(prediction, Mapping) else prediction)
+    prediction = str(slot_of(prediction)["kind"])
     given = {"trained_betas": list(path.betas)} if isinstance(path.betas, tuple) else {}
     if prediction not in theirs or (path.betas not in schedules and not given):
         seen = f"prediction {prediction}, betas {path.betas}"

@@ -89,8 +89,7 @@ SCHEDULER, SCALE = "CMStochasticIterativeScheduler", "unit_variance"
 
 
 def _slot(model: Model, name: str) -> Mapping[str, Any]:
-    said = model.spec["model"][name]
-    return said if isinstance(said, Mapping) else {"kind": said}
+    return shared.slot_of(model.spec["model"][name])
 
 
 def _section(config: PixelUNetConfig, sigma_data: float, sigma_min: float, sigma_max: float) -> dict[str, Any]:

@@ -82,7 +82,7 @@ class DDPM:
         kind = self.pipelines[0 if scheduler["_class_name"] == "DDPMScheduler" else 1]
         parts = {"scheduler": ["diffusers", scheduler["_class_name"]], "unet": ["diffusers", "UNet2DModel"]}
         shared.write_index(place, kind, parts, model)
-        shared.write_table(place, path, str(model.spec["model"]["prediction"]), scheduler=scheduler)
+        shared.write_table(place, path, model.spec["model"]["prediction"], scheduler=scheduler)
         write_unet(place / "unet", net, dtype)
 
     def knows(self, keys: Collection[str]) -> bool:
