@@ -18,7 +18,7 @@ def tokenizer(folder: Path) -> Any:
     return transformers.T5TokenizerFast.from_pretrained(folder)
 
 
-def encoder(width: int = 32, seed: int = 5) -> Any:
+def encoder(width: int = 32, seed: int = 5, distance: int = 12) -> Any:
     """An encoder for that tokenizer, every weight random."""
     import transformers
 
@@ -30,7 +30,7 @@ def encoder(width: int = 32, seed: int = 5) -> Any:
         num_layers=2,
         num_heads=3,
         relative_attention_num_buckets=8,
-        relative_attention_max_distance=12,
+        relative_attention_max_distance=distance,
         feed_forward_proj="gated-gelu",
     )
     return randomised(transformers.T5EncoderModel(config), seed)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from sfumato.conditioners import PAD, UNKNOWN, Conditioner, Joined, Labels, Prompts, Source, dropped
+from sfumato.conditioners import PAD, UNKNOWN, Conditioner, Joined, Labels, Prompts, Sizes, Source, dropped
 from sfumato.data.scenes import Scenes
 from sfumato.errors import CheckpointError, ConfigError, DataError
 from sfumato.nets.dit import DiT, DiTConfig
@@ -61,12 +61,32 @@ def test_labels_that_are_not_are_named(label: object) -> None:
             assert caught.value.fix == "0 to 2" or (names and isinstance(label, str))
 
 
+def test_where_no_class_is_none_one_must_be_told() -> None:
+    labels = Labels(3, unlabelled=False)
+    assert labels([{"label": 2}])["label"].tolist() == [2]
+    for use in (labels, labels.check):
+        with pytest.raises(DataError, match="without a class"):
+            use([{"label": 1}, {}])
+    assert Joined([Labels(3)]).unlabelled and not Joined([labels]).unlabelled
+
+
 def test_a_mistyped_class_is_answered_with_the_nearest() -> None:
     labels = Labels()
     labels.prepare(SOURCE)
     with pytest.raises(DataError) as caught:
         labels.check([{"label": "dogg"}])
     assert caught.value.fix == "dog"
+
+
+def test_a_name_with_commas_is_known_by_each_of_its_parts() -> None:
+    """As ImageNet's are; a whole name comes before a part of another, and a class without a name is a number."""
+    labels = Labels(4)
+    labels.names = ("crane, machine", "crane", "tench, Tinca tinca", "")
+    said = ("crane, machine", "machine", "crane", "Tinca tinca", "3")
+    assert labels({"label": name} for name in said)["label"].tolist() == [0, 0, 1, 2, 3]
+    for label in ("tinca", "", " machine"):
+        with pytest.raises(DataError):
+            labels.check([{"label": label}])
 
 
 def test_the_data_has_the_last_word_on_classes() -> None:
@@ -352,3 +372,20 @@ def test_dropout_of_conditions_follows_its_rate_and_its_generator() -> None:
     assert all(one == {} or one == raw[i] for i, one in enumerate(drop(0.1)))
     more = [one == {} for one in drop(0.3)]  # a higher rate drops these, and others
     assert all(b or not a for a, b in zip(gone, more, strict=True))
+
+
+# Sizes
+
+
+def test_sizes_are_those_that_are_said_or_drawn() -> None:
+    """Height, width and the one over the other; they stay where nothing else is said."""
+    conditioner = Joined([Labels(3), Sizes()])
+    conditioner.of_size((64, 96))
+    assert conditioner.fields == ("label", "original_size") and conditioner.kept == ("original_size",)
+    raw = [{"label": 1, "original_size": [30, 20]}, {}]
+    assert conditioner(raw)["sizes"].tolist() == [[30.0, 20.0, 1.5], [64.0, 96.0, pytest.approx(2 / 3)]]
+    told = conditioner.sized(raw, (32, 32))
+    assert conditioner(told)["sizes"].tolist() == [[30.0, 20.0, 1.5], [32.0, 32.0, 1.0]]
+    for size in ([1], "big", [1, -1]):
+        with pytest.raises(DataError, match="two numbers"):
+            conditioner.check([{"original_size": size}])

@@ -15,6 +15,8 @@ from sfumato.denoiser import (
     Denoiser,
     as_index,
     as_log_level,
+    as_log_level_thousandths,
+    as_reversed,
     as_thousandths,
     as_time,
     joined,
@@ -209,8 +211,10 @@ def test_a_float_time_keeps_its_digits_in_double() -> None:
 def test_what_networks_are_told_of_time(path: Path) -> None:
     t = torch.linspace(0.02, 0.98, 49, dtype=torch.float64)
     assert torch.equal(as_time(path, t), t)
+    assert torch.equal(as_reversed(path, t), 1 - t)
     close(as_thousandths(path, t), 1000 * t)
     close(as_log_level(path, t), torch.log(path.sigma(t) / path.alpha(t)) / 4)
+    close(as_log_level_thousandths(path, t), 250 * torch.log(path.sigma(t) / path.alpha(t)))
 
 
 @pytest.mark.parametrize("path", [Tabulated(), Tabulated("cosine", 40), Tabulated((0.1, 0.2, 0.4))], ids=str)

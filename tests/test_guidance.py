@@ -107,6 +107,17 @@ def test_an_interval_is_of_noise_and_skips_the_null_branch() -> None:
     assert [len(wrapped.branches(path, t)) == 2 for t in (0.3, 0.6, 0.7)] == [False, True, False]
 
 
+def test_channels_that_are_not_guided_are_the_conditional_answers() -> None:
+    path = Linear()
+    plain, all_, some = (
+        guided(answering(path), path, given(guidance, cond("cond"), lambda: cond("null")))(X, 0.4)
+        for guidance in (Unguided(), CFG(scale=3.0), CFG(scale=3.0, channels=4))
+    )
+    assert torch.equal(some, torch.cat([all_[:, :4], plain[:, 4:]], 1))
+    with pytest.raises(ConfigError, match="at least one channel"):
+        CFG(channels=0)
+
+
 @paths
 def test_weighted_prompts_are_linear(path) -> None:  # type: ignore[no-untyped-def]
     guidance = given(

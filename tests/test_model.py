@@ -103,6 +103,15 @@ def test_a_model_answers_with_pictures() -> None:
     assert answer.shape == (2, 3, 8, 12)
 
 
+def test_a_model_of_a_variance_has_twice_the_channels() -> None:
+    """Filled in from what the model is to answer; a plain call is still x0."""
+    model = build_model(spec(conditioner=None, answers=["x0", "x0_variance"])).eval()
+    assert model.net.config.out_channels == 6 and model.answers == ("x0", "x0_variance")  # type: ignore[union-attr]
+    x = torch.randn(2, 3, 8, 12)
+    both = model(x, 0.5, to="x0_variance")
+    assert both.shape == (2, 6, 8, 12) and torch.equal(both[:, :3], model(x, 0.5))
+
+
 def test_without_a_conditioner_there_is_no_condition() -> None:
     model = build_model(spec(conditioner=None))
     assert model.cond([{}, {}]) == {}

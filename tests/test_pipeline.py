@@ -473,3 +473,32 @@ def test_a_weaker_model_or_part_of_this_one_guides(pipe: Pipeline, tmp_path: Pat
     assert np.abs(plain.astype(int) - same.astype(int)).max() <= 1  # the same model is no weaker
     skipped = pipe.sample(["a red circle"], guidance={"kind": "skip_layers", "scale": 4.0, "blocks": [1]}).images
     assert not np.array_equal(skipped, plain)
+
+
+# Settings that depend on the model
+
+
+def test_a_grid_that_depends_on_tokens_is_told_those_of_the_picture() -> None:
+    """4 x 4 pixels are a token of this network; what a slot says itself stays."""
+    grid = {"kind": "dynamic_shift", "fewest": 2, "most": 12, "low": 0.1, "high": 1.3}
+    pipe = Pipeline(made(), "cpu")
+    for size, tokens in (((8, 12), 6), ((16, 12), 12)):
+        drawn = pipe.sample("a red circle", grid=grid, size=size).images
+        said = pipe.sample("a red circle", grid={**grid, "tokens": tokens}, size=size).images
+        other = pipe.sample("a red circle", grid={**grid, "tokens": tokens - 3}, size=size).images
+        assert (drawn == said).all() and (drawn != other).any()
+
+
+def test_a_number_is_the_scale_of_the_guidance_that_a_model_has() -> None:
+    model = made(net={"kind": "flux", "patch": 4, "dim": 16, "double": 1, "single": 1, "heads": 2, "guidance": True})
+    model.spec["sampling"]["guidance"] = {"kind": "distilled", "scale": 3.5}
+    pipe = Pipeline(model, "cpu")
+    assert pipe.settings(guidance=2).guidance == {"kind": "distilled", "scale": 2.0}
+    assert pipe.settings(guidance=1).guidance == 1 and pipe.settings(guidance="cfg").guidance == "cfg"
+    one, two, own = (pipe.sample("a red circle", guidance=scale).images for scale in (1, 2, None))
+    assert (one != two).any() and (two != own).any()
+    assert (pipe.sample("a red circle", guidance=3.5).images == own).all()
+    with pytest.raises(ConfigError, match="negative"):
+        pipe.sample("a red circle", negative="two blue squares")
+    cfg = pipe.sample("a red circle", guidance={"kind": "cfg", "scale": 2.0}, negative="two blue squares").images
+    assert (cfg != pipe.sample("a red circle", guidance={"kind": "cfg", "scale": 2.0}).images).any()

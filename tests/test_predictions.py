@@ -24,7 +24,7 @@ from sfumato.paths import (
 )
 from sfumato.predictions import EPS, SCORE, VELOCITY, X0, Prediction, V, edm
 
-PREDICTIONS = (X0, EPS, V, VELOCITY, SCORE, edm(), edm(1.0), edm(1.7))
+PREDICTIONS = (X0, EPS, V, VELOCITY, SCORE, edm(), edm(1.0), edm(1.7), edm(0.5, 1e-4))
 ZERO_TERMINAL = (
     Tabulated("scaled_linear", zero_terminal_snr=True),
     Tabulated("cosine", 50, zero_terminal_snr=True),
@@ -140,6 +140,10 @@ def test_the_textbook_on_any_path(alpha, sigma, alpha_rate, sigma_rate, x, y, si
         SCORE: (x + sigma**2 * y) / alpha,
         edm(sigma_data): c_skip * x / alpha + c_out * y,
     }
+    low = level / 3  # consistency models count from a boundary, but for the root of c_out (Song et al. 2023)
+    skip = sigma_data**2 / ((level - low) ** 2 + sigma_data**2)
+    out = sigma_data * (level - low) / math.sqrt(level**2 + sigma_data**2)
+    by_hand[edm(sigma_data, low)] = skip * x / alpha + out * y
     x_t, said = (torch.tensor([[value]], dtype=torch.float64) for value in (x, y))
     for prediction, expected in by_hand.items():
         found = float(prediction.x0(path, said, x_t, NOW))
@@ -209,6 +213,18 @@ def test_edm_has_unit_variance_and_says_nothing_of_x_t(path: Path, sigma_data: f
     close((a * sigma_data) ** 2 + b**2, torch.ones_like(a))
     alpha, sigma = path.alpha(times(101)), path.sigma(times(101))
     close(a * alpha * sigma_data**2 + b * sigma, torch.zeros_like(a))
+
+
+def test_a_boundary_is_where_the_state_is_the_answer() -> None:
+    """At sigma_min and below, whatever the network says, and there are no holes at the data."""
+    path, said = VarianceExploding(80.0), torch.randn(5, 3, dtype=torch.float64)
+    x = torch.randn(5, 3, dtype=torch.float64)
+    level = torch.tensor([0.0, 0.001, 0.002, 0.00200001, 0.5], dtype=torch.float64)
+    for dtype in (torch.float64, torch.float32):
+        found = edm(0.5, 0.002).x0(path, said.to(dtype), x.to(dtype), (level / 80).to(dtype))
+        torch.testing.assert_close(found[:3].double(), x[:3], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(found[3].double(), x[3], rtol=0, atol=1e-6)
+        assert float((found[4].double() - x[4]).abs().min()) > 0.01
 
 
 def test_names_tell_predictions_apart() -> None:

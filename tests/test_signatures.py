@@ -21,7 +21,8 @@ def test_options_of_dataclasses_functions_and_factories() -> None:
     }
     karras = options_of("sfumato.times:karras")
     assert karras is not None and list(karras) == ["start", "sigma_min", "sigma_max", "rho"]  # not path, not n
-    assert options_of("sfumato.predictions:edm()") == {"sigma_data": Option("sigma_data", "float", False)}
+    options = options_of("sfumato.predictions:edm()")
+    assert options == {name: Option(name, "float", False) for name in ("sigma_data", "sigma_min")}
     assert options_of("sfumato.predictions:EPS") == {}
 
 

@@ -57,9 +57,11 @@ PREDICTIONS = {
 }
 TIME_INPUTS = {
     "time": "sfumato.denoiser:as_time",
+    "reversed": "sfumato.denoiser:as_reversed",
     "thousandths": "sfumato.denoiser:as_thousandths",
     "index": "sfumato.denoiser:as_index",
     "log_level": "sfumato.denoiser:as_log_level",
+    "log_level_thousandths": "sfumato.denoiser:as_log_level_thousandths",
 }
 SCALE_INPUTS = {"unit_variance": "sfumato.denoiser:unit_variance()"}
 DENSITIES = {
@@ -82,7 +84,13 @@ WEIGHTS = {
 OBJECTIVES = {
     "denoising": "sfumato.objectives.denoising:Denoising",
     "vdm": "sfumato.objectives.vdm:VDM",
+    "autoencoder": "sfumato.objectives.autoencoding:Autoencoding",
 }
+DISTANCES = {
+    "laplacian": "sfumato.objectives.distances:Laplacian",
+    "ssim": "sfumato.objectives.distances:StructuralSimilarity",
+}
+DISCRIMINATORS = {"patch": "sfumato.nets.discriminator:PatchDiscriminator"}
 GRIDS = {
     "logistic": "sfumato.grids:logistic",
     "explicit": "sfumato.grids:explicit",
@@ -99,6 +107,7 @@ GRIDS = {
     "leading": "sfumato.grids:leading",
     "linspace": "sfumato.grids:linspace",
     "lcm": "sfumato.grids:lcm",
+    "consistency": "sfumato.grids:consistency",
     "shifted": "sfumato.grids:shifted",
     "dynamic_shift": "sfumato.grids:dynamic_shift",
     "ending": "sfumato.grids:ending",
@@ -157,12 +166,20 @@ SAMPLERS = {
 NETS = {
     "unet": "sfumato.nets.unet:UNet",
     "dit": "sfumato.nets.dit:DiT",
+    "mmdit": "sfumato.nets.mmdit:MMDiT",
     "stable_unet": "sfumato.nets.stable_unet:StableUNet",
+    "pixel_unet": "sfumato.nets.pixel_unet:PixelUNet",
+    "flux": "sfumato.nets.flux:Flux",
     "controlled": "sfumato.nets.controlnet:controlled()",
 }
-CODECS = {"pixels": "sfumato.codecs:Pixels", "latents": "sfumato.codecs:Latents"}
+CODECS = {
+    "pixels": "sfumato.codecs:Pixels",
+    "latents": "sfumato.codecs:Latents",
+    "tiny_latents": "sfumato.codecs:TinyLatents",
+}
 CONDITIONERS = {
     "labels": "sfumato.conditioners:Labels",
+    "sizes": "sfumato.conditioners:Sizes",
     "prompts": "sfumato.conditioners:Prompts",
     "joined": "sfumato.conditioners:Joined",
     "text": "sfumato.text:Text",
@@ -172,7 +189,24 @@ CONDITIONERS = {
     "image_tokens": "sfumato.image_conditions:ImageTokens",
     "hint": "sfumato.image_conditions:Hint",
 }
-FAMILIES = {"stable_diffusion": "sfumato.io.families.stable_diffusion:StableDiffusion"}
+FAMILIES = {
+    "stable_diffusion": "sfumato.io.families.stable_diffusion:StableDiffusion",
+    "flux": "sfumato.io.families.flux1:Flux1",
+    "sdxl": "sfumato.io.families.sdxl:SDXL",
+    "stable_diffusion_3": "sfumato.io.families.stable_diffusion_3:StableDiffusion3",
+    "dit": "sfumato.io.families.dit:DiTFamily",
+    "pixart": "sfumato.io.families.pixart:PixArt",
+    "ddpm": "sfumato.io.families.ddpm:DDPM",
+    "consistency": "sfumato.io.families.consistency:Consistency",
+}
+# The names of a network's weights elsewhere, by its kind: functions of its config, of which the first that has a line
+# for every layer counts; for adapters (`sfumato.adapters`)
+NAME_TABLES = {
+    "stable_unet": ("sfumato.io.families.stable:lines",),
+    "flux": ("sfumato.io.families.flux:lines",),
+    "mmdit": ("sfumato.io.families.sd3:lines",),
+    "dit": ("sfumato.io.families.dit:lines", "sfumato.io.families.pixart:lines"),
+}
 DATA = {"scenes": "sfumato.data.scenes:Scenes", "folder": "sfumato.data.folder:Folder"}
 OPTIMIZERS = {"adamw": "sfumato.train.optim:adamw", "muon": "sfumato.train.optim:muon"}
 
@@ -186,6 +220,8 @@ KINDS: Mapping[str, Mapping[str, str]] = {
     "Uniform": DENSITIES,  # `Stratified.of` takes only some densities, and names them
     "Weight": WEIGHTS,
     "Objective": OBJECTIVES,
+    "Distance": DISTANCES,
+    "Discriminator": DISCRIMINATORS,
     "Grid": GRIDS,
     "Guidance": GUIDANCES,
     "LogProb": {},  # the user's own

@@ -7,13 +7,14 @@ network works on, of about unit variance. It may fold space into channels and it
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import inf
-from typing import ClassVar, Protocol
+from typing import ClassVar, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from sfumato.errors import ConfigError
 from sfumato.nets.autoencoder import Autoencoder, AutoencoderConfig
+from sfumato.nets.tiny_autoencoder import TinyAutoencoder, TinyAutoencoderConfig
 
 
 class Codec(Protocol):
@@ -62,7 +63,8 @@ class Latents(nn.Module):
     Stable Diffusion's 0.18215 and 0, SDXL's 0.13025 and 0, SD3's 1.5305 and 0.0609, FLUX's 0.3611 and 0.1159.
     tile: places a side of the latent map beyond which pictures are encoded and decoded in overlapping tiles, whose
     memory does not grow with the picture; 0 is never. Group norms see one tile at a time, so tiles differ a little from
-    the whole.
+    the whole. sampled: training draws each latent from the encoder's distribution, as Stable Diffusion did, and does
+    not take its mean; editing takes the mean always.
     """
 
     def __init__(
@@ -78,51 +80,57 @@ class Latents(nn.Module):
         scale: float | tuple[float, ...] = 0.18215,
         shift: float | tuple[float, ...] = 0.0,
         tile: int = 0,
+        sampled: bool = False,
     ) -> None:
         super().__init__()
         if weights is not None:
-            fix = "sfumato.io.pretrained.codec_from, as a run does when it starts"
-            raise ConfigError("an autoencoder was not read", where="model.codec.weights", seen=weights, fix=fix)
+            _unread(weights)
         config = AutoencoderConfig(
             latent=latent, channels=tuple(channels), blocks=blocks, groups=groups, attention=attention, quant=quant
         )
         self.autoencoder = Autoencoder(config).requires_grad_(False).eval()
-        for name, given in (("scale", scale), ("shift", shift)):
-            numbers = torch.tensor([given] if isinstance(given, (int, float)) else list(given), dtype=torch.float32)
-            if len(numbers) not in (1, latent) or not bool(numbers.isfinite().all()):
-                seen = f"{len(numbers)} numbers for {latent} channels"
-                raise ConfigError(f"{name} is one number, or one a channel", where=f"model.codec.{name}", seen=seen)
-            self.register_buffer(name, numbers[:, None, None], persistent=False)
-        if not bool((self.scale > 0).all()):
-            raise ConfigError("a scale is above 0", where="model.codec.scale", seen=str(scale), fix="scale=0.18215")
+        for name in ("scale", "shift"):
+            self.register_buffer(name, torch.ones(1, 1, 1), persistent=False)
+        self.normalise(*(torch.tensor(given, dtype=torch.float32).flatten() for given in (scale, shift)))
         if tile and tile < 8:
             raise ConfigError("a tile is 8 places or more a side", where="model.codec.tile", seen=str(tile), fix="64")
-        self.tile = tile
+        self.tile, self.sampled = tile, sampled
         self.eval()
 
     scale: Tensor
     shift: Tensor
+
+    def normalise(self, scale: Tensor, shift: Tensor) -> None:
+        """Takes up a scale and a shift, (1,) or (latent,). ConfigError for such as cannot be undone."""
+        latent = self.autoencoder.config.latent
+        for name, numbers in (("scale", scale), ("shift", shift)):
+            if len(numbers) not in (1, latent) or not bool(numbers.isfinite().all()):
+                seen = f"{len(numbers)} numbers for {latent} channels"
+                raise ConfigError(f"{name} is one number, or one a channel", where=f"model.codec.{name}", seen=seen)
+        if not bool((scale > 0).all()):
+            seen = str(scale.tolist())
+            raise ConfigError("a scale is above 0", where="model.codec.scale", seen=seen, fix="scale=0.18215")
+        self.scale, self.shift = scale.to(self.scale)[:, None, None], shift.to(self.shift)[:, None, None]
 
     @property
     def channels(self) -> int:
         return self.autoencoder.config.latent
 
     def shape(self, height: int, width: int) -> tuple[int, int, int]:
-        factor = self.autoencoder.config.factor
-        if height % factor or width % factor:
-            near = "x".join(str(max(factor, round(side / factor) * factor)) for side in (height, width))
-            raise ConfigError(
-                f"this autoencoder takes sizes that are multiples of {factor}",
-                where="data.size",
-                seen=f"{height}x{width}",
-                fix=near,
-            )
-        return self.channels, height // factor, width // factor
+        return _divided(self.channels, self.autoencoder.config.factor, height, width)
 
     def encode(self, images: Tensor) -> Tensor:
-        factor = self.autoencoder.config.factor
-        z = self._tiled(lambda part: self.autoencoder.encode(part).mean, images, factor, 1, self.channels)
-        return (z - self.shift) * self.scale
+        return self.moments(images)[0]
+
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the encoder's distribution, shifted and scaled, (B, latent, H/f, W/f) each."""
+
+        def both(part: Tensor) -> Tensor:
+            posterior = self.autoencoder.encode(part)
+            return torch.cat([posterior.mean, torch.exp(posterior.logvar / 2)], 1)
+
+        mean, spread = self._tiled(both, images, self.autoencoder.config.factor, 1, 2 * self.channels).chunk(2, 1)
+        return (mean - self.shift) * self.scale, spread * self.scale
 
     def decode(self, x: Tensor) -> Tensor:
         z = x / self.scale + self.shift
@@ -151,6 +159,74 @@ class Latents(nn.Module):
                 out[:, :, rows, columns] += part * weight
                 total[:, :, rows, columns] += weight
         return out / total
+
+
+class TinyLatents(nn.Module):
+    """Latents by a tiny autoencoder (TAESD): nearly those of the large one that it was distilled from, at a small part
+    of the time and memory; frozen. For previews, and for machines that are too small for more.
+
+    weights: a folder of diffusers' AutoencoderTiny, or `..._encoder` of the original's two files, read when a run
+    starts. latent to decoder: see `TinyAutoencoderConfig`. scale, shift: z = (latent - shift) * scale; its latents are
+    normalised already, so 1 and 0 unless a checkpoint says otherwise.
+    """
+
+    def __init__(
+        self,
+        *,
+        weights: str | None = None,
+        latent: int = 4,
+        width: int = 64,
+        encoder: tuple[int, ...] = (1, 3, 3, 3),
+        decoder: tuple[int, ...] = (3, 3, 3, 1),
+        scale: float = 1.0,
+        shift: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if weights is not None:
+            _unread(weights)
+        if not (0 < scale < inf and abs(shift) < inf):
+            seen = f"scale {scale:g}, shift {shift:g}"
+            raise ConfigError("a scale is above 0", where="model.codec.scale", seen=seen, fix="scale=1")
+        config = TinyAutoencoderConfig(latent=latent, width=width, encoder=tuple(encoder), decoder=tuple(decoder))
+        self.autoencoder = TinyAutoencoder(config).requires_grad_(False)
+        self.scale, self.shift = scale, shift
+        self.eval()
+
+    @property
+    def channels(self) -> int:
+        return self.autoencoder.config.latent
+
+    def shape(self, height: int, width: int) -> tuple[int, int, int]:
+        return _divided(self.channels, self.autoencoder.config.factor, height, width)
+
+    def encode(self, images: Tensor) -> Tensor:
+        return (self.autoencoder.encode(images) - self.shift) * self.scale
+
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The latents, and a spread of nothing: there is no distribution."""
+        z = self.encode(images)
+        return z, torch.zeros_like(z)
+
+    def decode(self, x: Tensor) -> Tensor:
+        return self.autoencoder.decode(x / self.scale + self.shift).clamp(-1, 1)
+
+    def train(self, mode: bool = True) -> "TinyLatents":
+        """Stays in evaluation mode: it is frozen."""
+        return super().train(False)
+
+
+def _unread(weights: str) -> NoReturn:
+    fix = "sfumato.io.pretrained.codec_from, as a run does when it starts"
+    raise ConfigError("an autoencoder was not read", where="model.codec.weights", seen=weights, fix=fix)
+
+
+def _divided(channels: int, factor: int, height: int, width: int) -> tuple[int, int, int]:
+    """The shape of latents. ConfigError for pictures whose sides the factor does not divide."""
+    if height % factor or width % factor:
+        near = "x".join(str(max(factor, round(side / factor) * factor)) for side in (height, width))
+        what, seen = f"this autoencoder takes sizes that are multiples of {factor}", f"{height}x{width}"
+        raise ConfigError(what, where="data.size", seen=seen, fix=near)
+    return channels, height // factor, width // factor
 
 
 def _spans(length: int, tile: int) -> Iterator[tuple[int, int]]:

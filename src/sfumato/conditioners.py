@@ -10,7 +10,7 @@ import json
 import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Generator, Tensor, nn
@@ -22,6 +22,7 @@ from sfumato.errors import CheckpointError, ConfigError, DataError, nearest
 from sfumato.nets.layers import Attention, FeedForward
 
 Raw = Mapping[str, object]
+SIZE = "original_size"  # the raw field that tells how large a picture was
 
 
 @runtime_checkable
@@ -36,6 +37,7 @@ class Conditioner(nn.Module):
 
     fields: the raw fields it reads. context_dim, pooled_dim, classes: what its answers hold, 0 where they do not;
     channels: of maps that stand beside x_t. pictures: those of the fields that hold pictures.
+    unlabelled: whether "no class" is one, too, where there are classes.
     kept: those of the fields that tell of the picture and not of what it shows, and so stay where nothing is said.
     notes: what a person should know of the data that it was prepared for.
     """
@@ -45,6 +47,7 @@ class Conditioner(nn.Module):
     pictures: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     context_dim = pooled_dim = classes = channels = 0
+    unlabelled = True
 
     def forward(self, raw: Sequence[Raw]) -> Cond:
         raise NotImplementedError
@@ -60,13 +63,22 @@ class Conditioner(nn.Module):
     def of_codec(self, codec: Codec) -> None:
         """Told what encodes the model's pictures, when the model is built."""
 
-    def examples(self, images: Image, raw: Sequence[Raw], rng: Generator) -> list[Raw]:
-        """The raw conditions of pictures (B, H, W, 3) to train on, with what is made of the pictures themselves."""
+    def examples(self, images: Image | None, raw: Sequence[Raw], rng: Generator) -> list[Raw]:
+        """The raw conditions of pictures (B, H, W, 3) to train on, with what is made of the pictures themselves.
+
+        No images where training has their latents alone; ConfigError where something would have to be made of them.
+        """
         return list(raw)
 
     def sized(self, raw: Sequence[Raw], size: tuple[int, int]) -> list[Raw]:
         """The raw conditions of pictures of another (height, width) than the model's, where that has to be told."""
         return list(raw)
+
+    def change(self, **options: Any) -> None:
+        """Other options for as long as the model is loaded. ConfigError for those that it has not."""
+        if options:
+            seen = ", ".join(sorted(options))
+            raise ConfigError("this model has no text encoder of that kind", where="text", seen=seen, fix="text=None")
 
     def check(self, raw: Sequence[Raw]) -> None:
         """Raises DataError for what could not be understood, naming it. Called before anything is computed."""
@@ -105,18 +117,20 @@ def told_of_cuts(lengths: Mapping[int, int], most: int) -> tuple[str, ...]:
 class Labels(Conditioner):
     """A class for each picture: {"label": 3}, or by name when the data has names. Cond: label (B,) int64.
 
-    classes: how many; 0 asks the data. The null label is `classes`, the network's last embedding.
+    classes: how many; 0 asks the data. The null label is `classes`, the network's last embedding. A name with commas
+    is known by each of its parts, too, as ImageNet's are ("goldfish, Carassius auratus"). unlabelled: whether pictures
+    without a class are known; ADM and the published consistency models have no such label.
     """
 
     fields = ("label",)
 
-    def __init__(self, classes: int = 0) -> None:
+    def __init__(self, classes: int = 0, unlabelled: bool = True) -> None:
         super().__init__()
         if classes < 0:
             raise ConfigError(
                 "a number of classes is not negative", where="model.conditioner.classes", seen=str(classes)
             )
-        self.classes, self.names = classes, tuple[str, ...]()
+        self.classes, self.unlabelled, self.names = classes, unlabelled, tuple[str, ...]()
         self.device_of: Tensor
         self.register_buffer("device_of", torch.empty(0), persistent=False)
 
@@ -154,19 +168,74 @@ class Labels(Conditioner):
         self.classes, self.names = kept["classes"], tuple(kept["names"])
 
     def _index(self, label: object) -> int:
-        if label is None:
+        if label is None and self.unlabelled:
             return self.classes
-        if isinstance(label, str) and label in self.names:
-            return self.names.index(label)
+        if label is None:
+            what = "this model knows no picture without a class"
+            raise DataError(what, where="label", fix="a class, guidance=1, and in training condition_dropout=0")
+        if isinstance(label, str) and (named := self._named(label)) is not None:
+            return named
         try:
             index = int(label) if isinstance(label, str) else operator.index(label)  # type: ignore[arg-type]
         except (TypeError, ValueError):
             index = -1
         if not 0 <= index < self.classes:
             numbers = f"0 to {self.classes - 1}"
-            fix = nearest(label, self.names) if isinstance(label, str) and self.names else numbers
+            known = [part for name in self.names for part in _parts(name)]
+            fix = nearest(label, known) if isinstance(label, str) and known else numbers
             raise DataError("no such class", where="label", seen=str(label), fix=fix)
         return index
+
+    def _named(self, label: str) -> int | None:
+        """The first class of this name, or of one of which this is a part."""
+        if label and label in self.names:
+            return self.names.index(label)
+        return next((i for i, name in enumerate(self.names) if label in _parts(name)), None)
+
+
+def _parts(name: str) -> list[str]:
+    """The names that a name with commas lists."""
+    return [part for part in (one.strip() for one in name.split(",")) if part]
+
+
+class Sizes(Conditioner):
+    """How large a picture was before it was made smaller (PixArt-alpha).
+
+    Cond: sizes (B, 3) float32: height and width in pixels, and the one over the other. Raw field original_size,
+    (height, width); where it is missing, the size that is drawn.
+    """
+
+    fields = kept = (SIZE,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = (0, 0)
+        self.device_of: Tensor
+        self.register_buffer("device_of", torch.empty(0), persistent=False)
+
+    def forward(self, raw: Sequence[Raw]) -> Cond:
+        pairs = [pair_of(one.get(SIZE) or self.size, SIZE) for one in raw]
+        rows = [(height, width, height / max(width, 1)) for height, width in pairs]
+        return {"sizes": torch.tensor(rows, dtype=torch.float32).to(self.device_of.device)}
+
+    def check(self, raw: Sequence[Raw]) -> None:
+        for one in raw:
+            if one.get(SIZE) is not None:
+                pair_of(one[SIZE], SIZE)
+
+    def of_size(self, size: tuple[int, int]) -> None:
+        self.size = size
+
+    def sized(self, raw: Sequence[Raw], size: tuple[int, int]) -> list[Raw]:
+        return [{SIZE: size, **one} for one in raw]
+
+
+def pair_of(value: object, name: str) -> tuple[float, float]:
+    """Height and width, or top and left. DataError for what is no pair of numbers from 0."""
+    pair = list(value) if isinstance(value, (list, tuple)) else []
+    if len(pair) != 2 or not all(isinstance(n, (int, float)) and not isinstance(n, bool) and n >= 0 for n in pair):
+        raise DataError("a size is two numbers of pixels", where=name, seen=repr(value), fix="[1024, 1024]")
+    return pair[0], pair[1]
 
 
 class Prompts(Conditioner):
@@ -311,6 +380,7 @@ class Joined(Conditioner):
     context_dim = property(lambda self: max(part.context_dim for part in self.parts))  # type: ignore[assignment]
     pooled_dim = property(lambda self: max(part.pooled_dim for part in self.parts))  # type: ignore[assignment]
     classes = property(lambda self: max(part.classes for part in self.parts))  # type: ignore[assignment]
+    unlabelled = property(lambda self: all(part.unlabelled for part in self.parts))  # type: ignore[assignment]
     notes = property(lambda self: tuple(note for part in self.parts for note in part.notes))  # type: ignore[assignment]
 
     def forward(self, raw: Sequence[Raw]) -> Cond:
@@ -333,6 +403,11 @@ class Joined(Conditioner):
             answers |= cond
         return answers | (in_sequence(words) if words else {}) | ({CONCAT: side_by_side(maps)} if maps else {})
 
+    def change(self, **options: Any) -> None:
+        able = [part for part in self._parts() if type(part).change is not Conditioner.change]
+        for part in able or self._parts():
+            part.change(**options)
+
     def of_size(self, size: tuple[int, int]) -> None:
         for part in self._parts():
             part.of_size(size)
@@ -341,7 +416,7 @@ class Joined(Conditioner):
         for part in self._parts():
             part.of_codec(codec)
 
-    def examples(self, images: Image, raw: Sequence[Raw], rng: Generator) -> list[Raw]:
+    def examples(self, images: Image | None, raw: Sequence[Raw], rng: Generator) -> list[Raw]:
         for part in self._parts():
             raw = part.examples(images, raw, rng)
         return list(raw)

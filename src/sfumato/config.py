@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
-from sfumato.catalogue import KINDS
+from sfumato.catalogue import KINDS, OBJECTIVES
 from sfumato.errors import ConfigError
 from sfumato.names import spelled_out
 from sfumato.registry import Problem, check
@@ -40,15 +40,21 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """What is trained: a path, a prediction, a network, and what stands at both ends of it."""
+    """What is trained: a path, a prediction, a network, and what stands at both ends of it.
+
+    net: null trains the codec alone, an autoencoder, by the objective of that name.
+    answers: what it can be asked for, see `sfumato.denoiser.Denoise`. With "x0_variance" the network gives a share of
+    the log variance of each step beside its prediction, in as many channels again.
+    """
 
     path: Slot = {"kind": "linear"}
     prediction: Slot = {"kind": "velocity"}
     time_input: Slot = {"kind": "thousandths"}
     scale_input: Slot | None = None
-    net: Slot
+    net: Slot | None
     codec: Slot = {"kind": "pixels"}
     conditioner: Slot | None = {"kind": "prompts"}
+    answers: Annotated[list[Literal["x0", "x0_variance", "endpoint"]], Field(min_length=1)] = ["x0"]
 
 
 class OptimSection(Section):
@@ -132,13 +138,35 @@ class SamplingSection(Section):
     rescale: Share = 0.0
 
 
+class LoraSection(Section):
+    """Train a low-rank change of the model that `start` names, and leave the model as it is.
+
+    alpha: the change is multiplied by alpha / rank; the rank unless said. dora: rows also have a length of their own.
+    targets: layers by group (attention, feedforward, linear, conv), or by the end of their name in any layout: to_q.
+    text: the text encoder too.
+    """
+
+    rank: Positive
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dora: bool = False
+    targets: Annotated[list[str], Field(min_length=1)] = ["attention", "feedforward"]
+    text: bool = False
+
+
 class Config(Section):
-    """Everything a run is determined by."""
+    """Everything a run is determined by.
+
+    start: a run, a model directory, a folder of diffusers or a file, whose model is trained further; it takes the place
+    of `model`, and of `sampling` unless that is said.
+    """
 
     name: str = Field(pattern=r"^[\w][\w .-]*$", coerce_numbers_to_str=True)
     seed: Natural = 0
     data: Slot
-    model: ModelSection
+    model: ModelSection | None = None
+    start: str | None = None
+    lora: LoraSection | None = None
     objective: Slot = {"kind": "denoising"}
     optim: OptimSection = OptimSection()
     steps: Positive
@@ -159,6 +187,22 @@ class Config(Section):
     threads: Positive | None = None
     sampling: SamplingSection = SamplingSection()
 
+    @property
+    def source(self) -> dict[str, Any]:
+        """The slot of the data source."""
+        return source_of(self.data)
+
+    @property
+    def cache(self) -> str | bool | None:
+        """Where latents and states of texts are kept: a folder, true for the usual one, or nowhere."""
+        said: str | bool | None = self.data.get(CACHE)
+        return said
+
+
+def source_of(slot: dict[str, Any]) -> dict[str, Any]:
+    """Of `data`, what the source is built from: `cache` is a matter of the run."""
+    return {name: value for name, value in slot.items() if name != CACHE}
+
 
 # Where the slots are, and of what kind: what is checked against the catalogue.
 SLOTS = {
@@ -174,16 +218,26 @@ SLOTS = {
     "objective.times": "Density",
     "objective.weight": "Weight",
     "objective.space": "Prediction",
+    "objective.distance": "Distance",
+    "objective.discriminator": "Discriminator",
     "sampling.sampler": "Sampler",
     "sampling.grid": "Grid",
 }
-FILLED_IN = ("in_channels", "context_dim", "pooled_dim", "classes")  # a network's, known from what stands beside it
+ALONE = "autoencoder"  # the objective that trains the codec, and no network
+CACHE = "cache"  # of data: not the source's, whatever it is
+# A network's options that are known from what stands beside it.
+FILLED_IN = ("in_channels", "context_dim", "pooled_dim", "classes")
 
 
 def slot_problems(raw: dict[str, Any]) -> Iterator[Problem]:
     """What is wrong with the slots of a raw configuration."""
+    yield from _misplaced(raw)
     for where, kind_of in SLOTS.items():
         slot = dig(raw, where)
+        if where == "data" and isinstance(slot, dict):
+            said, slot = slot.get(CACHE), source_of(slot)
+            if not (said is None or isinstance(said, (str, bool))) or said == "":
+                yield Problem("data.cache", "is a folder, true or false", repr(said), "data.cache=true")
         if slot is not None and where.startswith("sampling."):  # these have other names, too
             try:
                 name = where.removeprefix("sampling.")
@@ -202,6 +256,27 @@ def slot_problems(raw: dict[str, Any]) -> Iterator[Problem]:
         for problem in check(slot, "Optimizer", KINDS, "optim"):
             inside = problem.where.removeprefix("optim.")
             yield problem._replace(where=f"optim.options.{inside}" if problem.where != "optim" else "optim.kind")
+
+
+def start_problems(raw: dict[str, Any]) -> Iterator[Problem]:
+    """What is wrong with where a run is to start from."""
+    if raw.get("model") is None and raw.get("start") is None:
+        yield Problem("model", "is missing", "", "start=MODEL trains a model further")
+    if raw.get("lora") is not None and raw.get("start") is None:
+        yield Problem("lora", "changes a model, and none is named", "", "start=MODEL")
+
+
+def _misplaced(raw: dict[str, Any]) -> Iterator[Problem]:
+    """A network where an autoencoder is trained, or none where something else is."""
+    model, objective = raw.get("model"), raw.get("objective", "denoising")
+    if not isinstance(model, dict) or "net" not in model:
+        return
+    kind, alone = objective.get("kind") if isinstance(objective, dict) else objective, model["net"] is None
+    if kind == ALONE and not alone:
+        yield Problem("model.net", "is not trained by the objective autoencoder", str(model["net"]), "model.net=null")
+    elif alone and kind in OBJECTIVES and kind != ALONE:
+        fix = "model.net=dit, or objective=autoencoder"
+        yield Problem("model.net", f"is needed by the objective {kind}", "null", fix)
 
 
 def dig(raw: Any, dotted: str) -> Any:

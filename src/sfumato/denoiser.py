@@ -134,8 +134,13 @@ def times_like(t: float | Tensor, x: Tensor) -> Tensor:
 
 
 def as_time(path: Path, t: Tensor) -> Tensor:
-    """t itself, in [0, 1] (SiT)."""
+    """t itself, in [0, 1]."""
     return t
+
+
+def as_reversed(path: Path, t: Tensor) -> Tensor:
+    """1 - t: networks for which 1 is the data (SiT, flow matching's and rectified flow's own code)."""
+    return 1 - t
 
 
 def as_thousandths(path: Path, t: Tensor) -> Tensor:
@@ -158,6 +163,11 @@ def as_index(path: Path, t: Tensor) -> Tensor:
 def as_log_level(path: Path, t: Tensor) -> Tensor:
     """ln(sigma / alpha) / 4 (EDM's c_noise)."""
     return -log_snr(path, t) / 8
+
+
+def as_log_level_thousandths(path: Path, t: Tensor) -> Tensor:
+    """250 ln(sigma / alpha): EDM's c_noise in thousandths (consistency models)."""
+    return 1000 * as_log_level(path, t)
 
 
 def unit_variance(sigma_data: float = 0.5) -> OfTime:

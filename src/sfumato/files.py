@@ -155,8 +155,11 @@ def digest(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Held while a run writes into its folder; ConfigError if another process holds it. Gone with the process."""
+def lock(folder: Path, doing: str = "training") -> Iterator[None]:
+    """Held while a run writes into its folder; ConfigError if another process holds it. Gone with the process.
+
+    doing: what they do there, for the error.
+    """
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         held = (folder / ".lock").open("a+", encoding="utf-8")
@@ -166,7 +169,7 @@ def lock(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise ConfigError(
-                "another process is training in this folder",
+                f"another process is {doing} in this folder",
                 where=str(folder),
                 seen=f"process {file.read().strip()}",
                 fix="wait for it, or choose another name",

@@ -8,6 +8,7 @@ Published names mean different grids in different libraries; here each has a nam
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -112,6 +113,33 @@ def karras(
     """
     high, low = _range(path, start, sigma_min, sigma_max)
     return _to_data(path, (high ** (1 / rho) + _even(n) * (low ** (1 / rho) - high ** (1 / rho))) ** rho, start)
+
+
+def consistency(
+    path: Path,
+    n: int,
+    *,
+    of: int = 40,
+    levels: Sequence[int] | None = None,
+    sigma_min: float = SIGMA_MIN,
+    sigma_max: float = SIGMA_MAX,
+    rho: float = 7.0,
+    start: float = 1.0,
+) -> Tensor:
+    """Some of the `of` noise levels, both ends included, that a consistency model learned to jump from, then 0.
+
+    They are those of `karras` (Song et al. 2023), every (of // n)th of them from the noise. levels: their numbers,
+    rising from 0, the noise, if others are better: [0, 22] for the published model of ImageNet in two steps.
+    """
+    picked = [i * (of // n) for i in range(n)] if levels is None else list(levels)
+    if len(picked) != n or any(b <= a for a, b in pairwise([-1, *picked, of])):
+        seen = f"{n} steps, levels {picked[:8]} of {of}"
+        fix = f"steps={len(picked)}" if levels is not None else f"steps={of} or fewer"
+        raise ConfigError("this grid has no such steps", where="grid.levels", seen=seen, fix=fix)
+    even = torch.tensor(picked, dtype=torch.float64) / max(of - 1, 1)
+    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    top = math.exp(_log_level(path, start))
+    return _to_data(path, ((high + even * (low - high)) ** rho).clamp(max=top), start)
 
 
 def polyexponential(
@@ -255,7 +283,8 @@ def dynamic_shift(
 ) -> Tensor:
     """FLUX's shift, which grows with the picture: by e^mu, and mu rises in a line with the number of tokens.
 
-    tokens: of the picture, (height / 16) (width / 16) for FLUX. mu is `low` at `fewest` tokens and `high` at `most`.
+    tokens: of the picture, (height / 16) (width / 16) for FLUX; a pipeline tells them where nothing is said. mu is
+    `low` at `fewest` tokens and `high` at `most`.
     form: "linear" shifts by mu itself. terminal: the last time before the data, to which the grid is stretched.
     """
     if tokens is None or tokens < 1:

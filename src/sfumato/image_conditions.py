@@ -75,8 +75,11 @@ class OfPictures(Conditioner):
 
     def encoded(self, pixels: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] as the network sees them; nothing of it is learned."""
-        with torch.no_grad(), torch.autocast(self.here.device.type, enabled=False):
-            return self.codec.encode(pixels)
+        place = pixels.device
+        if isinstance(self.codec, nn.Module):  # which may lie elsewhere
+            place = next((p.device for p in self.codec.parameters()), place)
+        with torch.no_grad(), torch.autocast(place.type, enabled=False):
+            return self.codec.encode(pixels.to(place)).to(pixels.device)
 
     def read(self, raw: Sequence[Raw], field: str) -> list[Image | None]:
         """A field's pictures: arrays are taken as they are, all else is read at the model's size."""
@@ -127,9 +130,11 @@ class ImageMap(OfPictures):
     def seen_at(self, size: Size) -> Size:
         return max(1, size[0] // self.shrink), max(1, size[1] // self.shrink)
 
-    def examples(self, images: Image, raw: Sequence[Raw], rng: Generator) -> list[Raw]:
+    def examples(self, images: Image | None, raw: Sequence[Raw], rng: Generator) -> list[Raw]:
         if self.shrink == 1:
             return list(raw)
+        if images is None:
+            return _all_there(raw, self.field)
         small = self.seen_at((images.shape[1], images.shape[2]))
         return [
             one if self.field in one else {**one, self.field: shrunk(image, small)} for one, image in _zip(raw, images)
@@ -185,7 +190,9 @@ class Inpainting(OfPictures):
                 raise DataError("inpainting takes a picture and a mask", where="prompts", seen=f"no {lacks}")
         super().check(raw)
 
-    def examples(self, images: Image, raw: Sequence[Raw], rng: Generator) -> list[Raw]:
+    def examples(self, images: Image | None, raw: Sequence[Raw], rng: Generator) -> list[Raw]:
+        if images is None:
+            return _all_there(raw, self.image)
         masks = [_rectangles(image.shape[0], image.shape[1], rng) for image in images]
         made = [{self.image: image, self.mask: mask} for image, mask in zip(images, masks, strict=True)]
         return [one if self.image in one else {**one, **own} for one, own in zip(raw, made, strict=True)]
@@ -279,6 +286,16 @@ class Hint(OfPictures):
 def shrunk(image: Image, size: Size) -> Image:
     """A picture (H, W, 3) at a smaller (height, width), antialiased."""
     return np.array(Pillow.fromarray(image).resize((size[1], size[0]), Pillow.Resampling.BICUBIC), np.uint8)
+
+
+def _all_there(raw: Sequence[Raw], field: str) -> list[Raw]:
+    """Raw conditions that need nothing of the pictures. ConfigError where the field would be made of them."""
+    if any(field not in one for one in raw):
+        seen = f"no field {field!r}, and of the pictures their latents alone"
+        raise ConfigError(
+            "a condition is made of the pictures themselves", where="data.cache", seen=seen, fix="data.cache=null"
+        )
+    return list(raw)
 
 
 def _zip(raw: Sequence[Raw], images: Image) -> list[tuple[Raw, Image]]:

@@ -171,6 +171,8 @@ def _grid_of(config: Mapping[str, Any], spacing: str) -> Slot:
         return _flow_grid(config)
     if spacing == "lcm":
         return {"kind": "lcm", "of": int(config.get("original_inference_steps", 50))}
+    if spacing == "consistency":
+        return {"kind": "consistency", "of": int(config.get("num_train_timesteps", 40)), **_plain_levels(config)}
     if spacing == "karras":
         return {"kind": "karras", **levels, "rho": config.get("rho", 7.0)}
     name = str(config.get("timestep_spacing", spacing.removesuffix("+")))
@@ -178,6 +180,11 @@ def _grid_of(config: Mapping[str, Any], spacing: str) -> Slot:
     if name == "leading":
         return {"kind": "leading", "offset": int(config.get("steps_offset", 0)), **spare}
     return {"kind": "linspace", **spare} if name == "linspace" else {"kind": name}
+
+
+def _plain_levels(config: Mapping[str, Any]) -> Slot:
+    usual = {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}
+    return {name: float(config[name]) for name, value in usual.items() if config.get(name, value) != value}
 
 
 def _flow_grid(config: Mapping[str, Any]) -> Slot:
@@ -213,6 +220,16 @@ def _ddpm(config: Mapping[str, Any]) -> Slot:
     return slot | ({"clip": float(config.get("clip_sample_range", 1.0))} if config.get("clip_sample", True) else {})
 
 
+def _ddim(config: Mapping[str, Any]) -> Slot:
+    clips = config.get("clip_sample", bool(config))  # the class alone is asked for of latents, too
+    return {"kind": "ddim"} | ({"clip": float(config.get("clip_sample_range", 1.0))} if clips else {})
+
+
+def _consistency(config: Mapping[str, Any]) -> Slot:
+    slot = {"kind": "consistency", "sigma_min": float(config.get("sigma_min", 0.002))}
+    return slot | ({"clip": 1.0} if config.get("clip_denoised", True) else {})
+
+
 def _dpm_multistep(config: Mapping[str, Any]) -> Slot:
     kind = str(config.get("algorithm_type", "dpmsolver++"))
     order, form = int(config.get("solver_order", 2)), str(config.get("solver_type", "midpoint"))
@@ -246,7 +263,7 @@ def _unipc(config: Mapping[str, Any]) -> Slot:
 
 
 CLASSES: dict[str, tuple[Callable[[Mapping[str, Any]], Slot], str]] = {
-    "DDIMScheduler": (_fixed("ddim"), "leading"),
+    "DDIMScheduler": (_ddim, "leading"),
     "DDIMInverseScheduler": (_fixed("ddim_inversion"), "leading"),
     "DDPMScheduler": (_ddpm, "leading"),
     "PNDMScheduler": (
@@ -267,8 +284,11 @@ CLASSES: dict[str, tuple[Callable[[Mapping[str, Any]], Slot], str]] = {
         lambda config: {"kind": "deis", "order": int(config.get("solver_order", 2))},
         "linspace+",
     ),
-    "LCMScheduler": (_fixed("lcm", boundary=10.0, to="x0"), "lcm"),
-    "CMStochasticIterativeScheduler": (_fixed("consistency", sigma_min=0.002), "karras"),
+    "LCMScheduler": (
+        lambda config: {"kind": "lcm", "boundary": float(config.get("timestep_scaling", 10.0)), "to": "x0"},
+        "lcm",
+    ),
+    "CMStochasticIterativeScheduler": (_consistency, "consistency"),
     "EDMEulerScheduler": (_fixed("euler"), "karras"),
     "EDMDPMSolverMultistepScheduler": (_dpm_multistep, "karras"),
     "FlowMatchEulerDiscreteScheduler": (_fixed("euler"), "flow"),

@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from sfumato.catalogue import KINDS, build
-from sfumato.config import SLOTS, Config, slot_problems
+from sfumato.config import SLOTS, Config, slot_problems, source_of, start_problems
 from sfumato.errors import ConfigError, nearest
 from sfumato.names import spelled_out
 from sfumato.registry import Problem, options_of, target_of
@@ -83,7 +83,7 @@ def run_data(run: Path) -> Any:
     config = next((one for one in (Path(run) / "config.yaml", Path(run) / "../config.yaml") if one.is_file()), None)
     if config is None:
         return None
-    return build(parse_yaml(config.read_text(encoding="utf-8"), str(config))["data"], "Data")
+    return build(source_of(parse_yaml(config.read_text(encoding="utf-8"), str(config))["data"]), "Data")
 
 
 def _read(source: str, origins: dict[str, str], above: tuple[Path, ...]) -> dict[str, Any]:
@@ -262,7 +262,10 @@ def leaves(raw: Any, where: str = "") -> list[str]:
 
 
 def _checked(raw: dict[str, Any], source: str, origins: dict[str, str]) -> Config:
-    problems, config = list(slot_problems(raw)), None
+    problems, config = [*slot_problems(raw), *start_problems(raw)], None
+    if raw.get("start") is not None:
+        said = [key for key, by in origins.items() if key.startswith("model.") and by == "the command line"]
+        problems += [Problem(key, "is that of the model to start from", "", "leave it out") for key in said]
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:

@@ -5,6 +5,7 @@ its batch. Rows of one batch go through the network together, all branches of th
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 
 from sfumato import __version__
+from sfumato.adapters.lora import Living
 from sfumato.catalogue import build
-from sfumato.conditioners import Raw, silent
+from sfumato.conditioners import Raw
 from sfumato.controls import Control, Steered, controls_of
 from sfumato.data.given import recorded
 from sfumato.data.picture import Image
@@ -36,9 +38,11 @@ from sfumato.nets.controlnet import Controlled, ControlNet
 from sfumato.nets.stable_unet import StableUNet
 from sfumato.nets.variants import variant
 from sfumato.paths import noised
+from sfumato.reader import ENCODED, Reader, home, released
+from sfumato.reader import said as spoken
 from sfumato.samplers import SeededNoise, Step, sample
 from sfumato.samples import Samples
-from sfumato.settings import Interval, Settings, is_whole
+from sfumato.settings import Interval, Settings, fitted_grid, fitted_guidance, is_whole
 from sfumato.starts import Begin, begin, known_where, one_each
 
 Prompt = str | int | Raw | None  # text, a label, the raw fields of a conditioner, or nothing
@@ -71,19 +75,31 @@ class Pipeline:
     """A model on a device, ready to draw.
 
     precision: "fp32", or "bf16" or "fp16" for the network's products (autocast); the sampler's state is float32 always.
-    compile: compiles the network, which pays from the second batch on.
+    compile: compiles the network, which pays from the second batch on. text_device: where text encoders lie and work,
+    if not with the network; "offload" lets them lie in main memory and work where the network is.
     """
 
     def __init__(
-        self, model: Model, device: str | torch.device = "auto", *, precision: str = "fp32", compile: bool = False
+        self,
+        model: Model,
+        device: str | torch.device = "auto",
+        *,
+        precision: str = "fp32",
+        compile: bool = False,
+        text_device: str | None = None,
     ) -> None:
-        _dtype(precision)
+        kind = _dtype(precision)
         self.device = pick_device(device) if isinstance(device, str) else device
+        conditioner, model.conditioner = model.conditioner, None  # it goes its own way, and perhaps never there
         self.model = model.to(self.device).eval()
+        self.model.conditioner = conditioner
+        self.reader = Reader(self.model, self.device, kind, text_device)
+        self.text: dict[str, Any] = {}  # options of the text encoders that were changed
         self.precision = precision
         self._variants: dict[str, torch.nn.Module] = {}
         self.controls: dict[str, ControlNet] = {}  # by name; a path is a name too, and is read when it is asked for
         self.tuned: dict[int, dict[str, Any]] = {}  # slots of samplers made for this model, by number of steps
+        self._loras: Living | None = None
         if compile:
             compile_net(self.model.net, self.device)
 
@@ -96,6 +112,8 @@ class Pipeline:
             raise ConfigError(
                 "no such setting", where="sampling", seen=name, fix=nearest(name, Settings.__dataclass_fields__)
             )
+        if "guidance" in changes:
+            changes["guidance"] = fitted_guidance(changes["guidance"], known.get("guidance"))
         return Settings(**{**known, **self._fitted(known, changes), **changes})
 
     def _fitted(self, known: Mapping[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -113,6 +131,29 @@ class Pipeline:
                 "no sampler was tuned for so many steps", where="steps", seen=f"{steps}; there are {there}", fix=fix
             )
         return self.tuned[steps]
+
+    def load_lora(self, path: str | Path, scale: float = 1.0, name: str | None = None) -> str:
+        """Puts an adapter of any dialect (see `sfumato.adapters`) beside those that are there; its name, the file's
+        unless said. CheckpointError for one of another model.
+        """
+        return self.loras.load(path, scale, name)
+
+    def set_loras(self, scales: Mapping[str, float]) -> None:
+        """Which adapters are at work, each with its scale; the others rest. Nothing is loaded anew."""
+        self.loras.set(scales)
+
+    def unload_lora(self, name: str | None = None) -> None:
+        """Takes an adapter away, or all; the model is then what it was."""
+        for one in [name] if name is not None else list(self.loras.scales):
+            self.loras.remove(one)
+
+    @property
+    def loras(self) -> Living:
+        """The adapters in use: their scales, and merging them into the weights and taking them out again."""
+        if self._loras is None:
+            self._loras = Living(self.model)
+        self._variants.clear()  # which are made of the network's layers
+        return self._loras
 
     def sample(
         self,
@@ -183,6 +224,27 @@ class Pipeline:
         order = self._order(prompts, seeds, size, negative, settings)
         return self._walk(order, self._times(order))
 
+    def encode(self, prompts: Prompt | Sequence[Prompt], *, size: int | tuple[int, int] | None = None) -> list[Raw]:
+        """Prompts with what the text encoders say of them, which `sample` takes in their place. They are on the CPU.
+
+        size: (height, width) of the pictures, for models that are told it.
+        """
+        raw = self._raws(prompts)
+        if self.model.conditioner is not None:
+            self.model.conditioner.check(raw)
+        return self.reader.encode(raw, self._size(size))
+
+    def change_text(self, **options: Any) -> None:
+        """Other options of the text encoders from now on: emphasis, chunks, skip, length; see `sfumato.text.Text`."""
+        if self.model.conditioner is None:
+            raise ConfigError("this model has no text encoder", where="text", seen=", ".join(options))
+        self.model.conditioner.change(**options)
+        self.text |= options
+
+    def release_text(self) -> None:
+        """Lets go of the text encoders and their memory. Only prompts that were encoded can be drawn from then on."""
+        self.reader.release()
+
     def pictures(self, x: Tensor) -> Image:
         """Encoded results as (B, H, W, 3) uint8. DataError if they hold numbers that are not finite."""
         with torch.inference_mode():
@@ -205,28 +267,32 @@ class Pipeline:
 
     def _times(self, order: Order) -> Tensor:
         n = int(order.settings.steps)
-        times: Tensor = build(order.settings.grid, "Grid")(self.model.denoiser.path, n)
+        _, height, width = self.model.codec.shape(*order.size)
+        patch = int(getattr(getattr(self.model.net, "config", None), "patch", 1))
+        grid = fitted_grid(order.settings.grid, height * width // patch**2)
+        times: Tensor = build(grid, "Grid")(self.model.denoiser.path, n)
         return times if order.begin is None else times[n - max(1, round(n * order.begin.strength)) :]
 
     def _walk(self, order: Order, times: Tensor) -> Iterator[Step]:
         """The sampling of one batch."""
         shape = self.model.codec.shape(*order.size)
         noise, path = SeededNoise.of(order.seeds), self.model.denoiser.path
-        with torch.inference_mode(), self._autocast():
+        read, raw, size = self.reader, order.raw, order.size
+        with read.working():
             guide = order.settings.guide(
-                self._cond(order.raw, order.size),
-                lambda: self._instead(order, order.negative or {}),
-                lambda prompt: self._instead(order, self._raw(prompt)),
+                read.cond(raw, size),
+                lambda: read.instead(raw, order.negative or {}, size),
+                lambda prompt: read.instead(raw, self._raw(prompt), size),
             )
         forward = self._forward
         if order.controls:
             forward, guide = self._steered(order.controls, guide)
         x, denoise = (
             noise(torch.empty(len(order.raw), *shape, device=self.device)),
-            guided(forward, path, guide, times, self._variant),
+            guided(forward, path, guide, times, self._variant, self.model.answers),
         )
         if order.begin is None or order.begin.from_noise:
-            x = x * float(path.sigma(times[:1].to("cpu", torch.float64)))
+            x = x * _spread(path, times[0])
         else:
             with torch.inference_mode():
                 known = order.begin.encoded(self.model.codec, self.device)
@@ -258,14 +324,14 @@ class Pipeline:
 
     def _control(self, name: str) -> ControlNet:
         if name not in self.controls:
-            self.controls[name] = read_control(Path(name)).to(self.device)
+            self.controls[name] = read_control(Path(name))
         return self.controls[name].to(self.device)
 
-    def _forward(self, x: Tensor, t: Tensor, cond: Cond, model: torch.nn.Module | None = None) -> Tensor:
+    def _forward(self, x: Tensor, t: Tensor, cond: Cond, model: torch.nn.Module | None = None, **to: str) -> Tensor:
         try:
             with self._autocast():
-                x0: Tensor = (model or self.model)(x, t, cond)
-            return x0
+                answer: Tensor = (model or self.model)(x, t, cond, **to)
+            return answer
         except RuntimeError as error:
             raise self._explained(error, x) from error
 
@@ -277,10 +343,10 @@ class Pipeline:
             self._variants[name] = variant(self.model.denoiser, name) if other is None else other.denoiser
         answer = self._variants[name]
 
-        def forward(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        def forward(x: Tensor, t: Tensor, cond: Cond, **to: str) -> Tensor:
             with self._autocast():
-                x0: Tensor = answer(x, t, cond)
-            return x0
+                said: Tensor = answer(x, t, cond, **to)
+            return said
 
         return forward
 
@@ -310,15 +376,6 @@ class Pipeline:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, DTYPES[self.precision])
 
-    def _cond(self, raw: Sequence[Raw], size: tuple[int, int]) -> Cond:
-        conditioner = self.model.conditioner
-        return {} if conditioner is None else self.model.cond(conditioner.sized(raw, size))
-
-    def _instead(self, order: Order, raw: Raw) -> Cond:
-        """Something else said of the same pictures."""
-        kept = () if self.model.conditioner is None else self.model.conditioner.kept
-        return self._cond([{**silent(one, kept), **raw} for one in order.raw], order.size)
-
     def _order(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -329,23 +386,31 @@ class Pipeline:
     ) -> Order:
         """Everything that was asked for, checked before anything is computed."""
         settings = self.settings(**changes)
+        raw = self._raws(prompts)
+        against = None if negative is None else self._raw(negative)
+        if self.model.conditioner is not None:
+            self.model.conditioner.check(raw if against is None else [*raw, against])
+        elif changes.get("guidance") not in (None, 1) and not any(ENCODED in one for one in raw):
+            what = "a model without conditions has nothing to be guided by"
+            raise ConfigError(what, where="guidance", seen=str(changes["guidance"]), fix="guidance=1")
+        if against is not None and not settings.steers:
+            raise ConfigError(
+                "a negative prompt says nothing without guidance",
+                where="negative",
+                seen=f"guidance {settings.guidance}",
+                fix="guidance=3" if settings.guidance == 1 else "guidance={'kind': 'cfg', 'scale': 3}",
+            )
+        return Order(raw, _seeds(seeds, len(raw)), settings, self._size(size), against)
+
+    def _raws(self, prompts: Prompt | Sequence[Prompt]) -> list[Raw]:
+        """One prompt or several as raw fields."""
         single = prompts is None or isinstance(prompts, (str, Mapping, Integral))
         raw = [self._raw(one) for one in ([prompts] if single else list(prompts))]  # type: ignore[arg-type]
         if not raw:
             raise ConfigError(
                 "nothing to draw", where="prompts", seen="an empty list", fix="prompts=[None] draws without a condition"
             )
-        against = None if negative is None else self._raw(negative)
-        if self.model.conditioner is not None:
-            self.model.conditioner.check(raw if against is None else [*raw, against])
-        elif changes.get("guidance") not in (None, 1):
-            what = "a model without conditions has nothing to be guided by"
-            raise ConfigError(what, where="guidance", seen=str(changes["guidance"]), fix="guidance=1")
-        if against is not None and settings.guidance == 1:
-            raise ConfigError(
-                "a negative prompt says nothing without guidance", where="negative", seen="guidance 1", fix="guidance=3"
-            )
-        return Order(raw, _seeds(seeds, len(raw)), settings, self._size(size), against)
+        return raw
 
     def _begun(self, order: Order, image: Any, mask: Any, strength: float | None) -> Order:
         """With a picture to start from; a model made for inpainting is told it, and the mask."""
@@ -353,6 +418,9 @@ class Pipeline:
         inside = next((one for one in self.model.modules() if isinstance(one, Inpainting)), None)
         if begun is None or begun.mask is None or inside is None:
             return replace(order, begin=begun)
+        if any(ENCODED in one for one in order.raw):
+            what, fix = "an encoded prompt has its picture in it", 'encode({"caption": ..., "image": ..., "mask": ...})'
+            raise ConfigError(what, where="mask", seen="a mask beside it", fix=fix)
         each = [{inside.image: one, inside.mask: mask} for one in one_each(image, len(order.raw))]
         raw = [{**one, **own} for one, own in zip(order.raw, each, strict=True)]
         return replace(order, raw=raw, begin=replace(begun, told=True))
@@ -362,6 +430,10 @@ class Pipeline:
         fields: tuple[str, ...] = tuple(getattr(self.model.conditioner, "fields", ()))
         if prompt is None or (isinstance(prompt, Mapping) and not prompt):
             return {}
+        if isinstance(prompt, Mapping) and ENCODED in prompt:
+            return prompt
+        if self.reader.released:
+            raise released(prompt)
         if self.model.conditioner is None:
             raise DataError(
                 "this model takes no conditions", where="prompts", seen=str(prompt), fix="leave the prompt out"
@@ -392,16 +464,21 @@ class Pipeline:
     def _said(self, order: Order, i: int) -> dict[str, Any]:
         """All there is to know of picture i."""
         said = {"prompt": _text(order.raw[i]), "seed": order.seeds[i], **order.settings.plain()}
-        if order.raw[i].keys() - {"caption"}:
-            said["fields"] = {name: recorded(value) for name, value in order.raw[i].items()}
-        if self.model.conditioner is None:
+        fields = {name: recorded(value) for name, value in spoken(order.raw[i]).items()}
+        if fields.keys() - {"caption"}:
+            said["fields"] = fields
+        if self.text:
+            said["text"] = dict(self.text)
+        if self.model.conditioner is None and ENCODED not in order.raw[i]:
             said["guidance"] = 1.0  # whatever is recommended: there was nothing to guide by
-        if order.negative is not None and order.negative.keys() - {"caption"}:
-            said["negative_fields"] = {name: recorded(value) for name, value in order.negative.items()}
+        if order.negative is not None and spoken(order.negative).keys() - {"caption"}:
+            said["negative_fields"] = {name: recorded(value) for name, value in spoken(order.negative).items()}
         if order.begin is not None:
             said |= {"strength": order.begin.strength, "masked": order.begin.mask is not None}
         if order.controls:
             said["control"] = [one.plain(i) for one in order.controls]
+        if self._loras is not None and (at_work := self._loras.at_work):
+            said["loras"] = at_work
         negative = None if order.negative is None else _text(order.negative)
         facts = {"model": self.model.facts} if self.model.facts else {}
         return {
@@ -422,12 +499,15 @@ def load(
     compile: bool = False,
     trust: bool = False,
     parts: str | Path | None = None,
+    text: Mapping[str, Any] | None = None,
+    text_device: str | None = None,
 ) -> Pipeline:
     """The pipeline of a model directory, of a run, whose newest `model/` it takes, of a folder of diffusers, or of an
     original file. CheckpointError if it is damaged.
 
-    precision, compile: as of `Pipeline`; in half precision weights take half the memory too. trust: as of
+    precision, compile, text_device: as of `Pipeline`; in half precision weights take half the memory too. trust: as of
     `sfumato.io.directory.load_model`. parts: for a single file, a folder of diffusers with what it lacks.
+    text: options of the text encoders, as of `Pipeline.change_text`.
     """
     folder = model_folder(path)
     if not folder.exists():
@@ -439,15 +519,19 @@ def load(
             fix=", ".join(near) or "sfumato train quickstart",
         )
     kind = _dtype(precision)
+    place = pick_device(device) if isinstance(device, str) else device
     straight: dict[str, Any] = {
-        "device": pick_device(device) if isinstance(device, str) else device,
+        "device": place,
+        "text_device": home(text_device, place),
         "matrices": None if kind == torch.float32 else kind,
     }
     if is_published(folder):
         model = load_published(folder, None if parts is None else Path(parts).expanduser(), **straight)
     else:
         model = load_model(folder, trust=trust, **straight)
-    pipeline = Pipeline(model, straight["device"], precision=precision, compile=compile)
+    pipeline = Pipeline(model, place, precision=precision, compile=compile, text_device=text_device)
+    if text:
+        pipeline.change_text(**text)
     pipeline.tuned = read_tuned(folder)
     return pipeline
 
@@ -462,6 +546,14 @@ def model_folder(path: str | Path) -> Path:
     """The model directory that is meant: a run's `model/`, or the folder itself."""
     folder = Path(path).expanduser()
     return folder / "model" if (folder / "model" / "model.json").is_file() else folder
+
+
+def _spread(path: Any, t: Tensor) -> float:
+    """The standard deviation of x_t for data of unit variance: what a grid begins with that begins below pure noise,
+    as the "leading" ones of published models do, and sigma itself at t = 1 but for a table's rest of signal.
+    """
+    t = t.to("cpu", torch.float64)
+    return math.hypot(float(path.alpha(t)), float(path.sigma(t)))
 
 
 def _seeds(seeds: Any, n: int) -> list[int]:
@@ -483,7 +575,7 @@ def _seeds(seeds: Any, n: int) -> list[int]:
 
 def _text(raw: Raw) -> Any:
     """What was asked for, in a word or a sentence."""
-    plain = [value for value in raw.values() if isinstance(value, (str, Integral))]
+    plain = [value for value in spoken(raw).values() if isinstance(value, (str, Integral))]
     return raw.get("caption", next(iter(plain), None))
 
 

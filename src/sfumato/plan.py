@@ -9,17 +9,22 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sfumato.adapters.training import begin
+from sfumato.catalogue import build
 from sfumato.config import Config
 from sfumato.errors import ConfigError, nearest
 from sfumato.io.fill import unfilled
-from sfumato.model import Model, build_model
+from sfumato.io.pretrained import LATENTS, TINY, codec_from
+from sfumato.model import AutoencoderModel, Model, build_autoencoder, build_model
 from sfumato.overlay import resolved
+from sfumato.train.start import read_start, with_start
 
 # Peak products in bfloat16, dense, per second, from the makers' data sheets; memory in bytes.
 DEVICES: dict[str, tuple[float, float]] = {
@@ -101,35 +106,55 @@ def plan(config: Config, device: str | None = None, share: float = 0.4) -> Plan:
     )
 
 
-def built(config: Config) -> Model:
+def built(config: Config) -> Model | AutoencoderModel:
     """The model of a configuration, without memory for its parameters, data or other people's weights."""
-    section = resolved(config)
+    section, files = resolved(config), None
+    if config.start is not None:
+        start = read_start(config.start)
+        section, files = resolved(with_start(config, start)), start.files
     model = dict(section["model"])
     model["codec"] = _alone(model["codec"])
     model["conditioner"] = _alone(model["conditioner"])
     side = section["data"].get("size", 32)
     size = [side, side] if isinstance(side, int) else list(side)
+    spec = {"model": model, "size": size, "sampling": section["sampling"]}
     with torch.random.fork_rng(devices=[]), unfilled():
-        return build_model({"model": model, "size": size, "sampling": section["sampling"]})
+        if model["net"] is not None:
+            made = build_model(spec, files=files)
+            if config.lora is not None:
+                begin(made, config.lora)
+            return made
+        objective = build(config.objective, "Objective")
+        return build_autoencoder(spec, getattr(objective, "discriminator", None), getattr(objective, "train", "all"))
 
 
 def _alone(slot: Any) -> Any:
-    """A slot that needs no files: what they would tell, the rest of the recipe has to."""
+    """A slot that needs no files: what they would tell, the rest of the recipe has to, unless it is an autoencoder that
+    is there.
+    """
     if not isinstance(slot, Mapping):
         return slot
+    if "weights" in slot and slot.get("kind") in (LATENTS, TINY) and Path(str(slot["weights"])).expanduser().exists():
+        return codec_from(slot)[0]
     kept = {name: value for name, value in slot.items() if name != "weights"}
     if isinstance(kept.get("parts"), list):
         kept["parts"] = [_alone(part) for part in kept["parts"]]
     return kept
 
 
-def _counted(model: Model, config: Config) -> tuple[int, int]:
-    """Of one picture: floating-point operations forward, and bytes that are kept for backward."""
+def _counted(model: Model | AutoencoderModel, config: Config) -> tuple[int, int]:
+    """Of one picture: floating-point operations forward, and bytes that are kept for backward; of an autoencoder
+    without its discriminator's.
+    """
     net = model.net.to("meta").train()
     if config.checkpointing and hasattr(net, "checkpointing"):
         net.checkpointing = True  # type: ignore[assignment]
     half = config.precision in ("bf16", "fp16", "auto")
-    x = torch.empty(1, *model.codec.shape(*model.size), device="meta")
+    if isinstance(model, Model):
+        x = torch.empty(1, *model.codec.shape(*model.size), device="meta")
+        told = {"t": torch.zeros(1, device="meta"), **_told(net, model)}
+    else:
+        x, told = torch.empty(1, 3, *model.size, device="meta"), {}
     seen: dict[int, int] = {}
 
     def pack(value: Tensor) -> Tensor:
@@ -139,7 +164,7 @@ def _counted(model: Model, config: Config) -> tuple[int, int]:
 
     counter = FlopCounterMode(display=False)
     with counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
-        net(x, torch.zeros(1, device="meta"), **_told(net, model))
+        net(x, **told)
     return counter.get_total_flops(), sum(seen.values())
 
 

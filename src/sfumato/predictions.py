@@ -57,18 +57,26 @@ class Prediction:
         return (path.alpha(t) * b - path.sigma(t) * a).abs() > 0
 
 
-def edm(sigma_data: float = 0.5) -> Prediction:
+def edm(sigma_data: float = 0.5, sigma_min: float = 0.0) -> Prediction:
     """Karras et al. 2022, table 1: F, of unit variance at every noise level, on any path.
 
     With s = sigma / alpha, D(x / alpha) = c_skip x / alpha + c_out F; written without dividing by alpha or sigma.
+    sigma_min: the noise level at and below which D is x itself, where the published consistency models have their
+    boundary, and not at the data (Song et al. 2023, appendix C). c_skip and c_out then count s from there, but for
+    c_out's root.
     """
 
     def mix(path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = path.alpha(t), path.sigma(t)
         norm = torch.sqrt(sigma**2 + (sigma_data * alpha) ** 2)
-        return sigma / (sigma_data * norm), -sigma_data * alpha / norm
+        if not sigma_min:
+            return sigma / (sigma_data * norm), -sigma_data * alpha / norm
+        above = (sigma - sigma_min * alpha).clamp(min=1e-18)  # b is infinite at the boundary; x0 is x there
+        inside = above**2 + (sigma_data * alpha) ** 2
+        sigma = sigma.clamp(min=1e-18)
+        return above * norm / (sigma_data * inside), -sigma_data * alpha * sigma * norm / (inside * above)
 
-    return Prediction(f"edm({sigma_data:g})", mix)
+    return Prediction(f"edm({sigma_data:g})" if not sigma_min else f"edm({sigma_data:g}, {sigma_min:g})", mix)
 
 
 def _tiny(sigma: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from sfumato.catalogue import KINDS, build
 from sfumato.denoiser import Cond
 from sfumato.errors import ConfigError
 from sfumato.guidance import CFG, Guidance, Unguided, given
-from sfumato.registry import check
+from sfumato.registry import check, options_of, target_of
 
 Interval = tuple[float, float | None]  # noise levels sigma / alpha, (low, high]; no high is no end
 
@@ -64,6 +64,12 @@ class Settings:
         given = self.guidance.get("scale", 3.0) if isinstance(self.guidance, Mapping) else self.guidance
         return 3.0 if isinstance(given, str) else float(given)
 
+    @property
+    def steers(self) -> bool:
+        """Whether there is anything to steer away from: where the network itself is told the scale, there is not."""
+        kind = self.guidance.get("kind") if isinstance(self.guidance, Mapping) else self.guidance
+        return kind not in (1, "unguided", "distilled")
+
     def guide(self, cond: Cond, null: Callable[[], Cond], read: Callable[[Any], Cond] | None = None) -> Guidance:
         """The guidance for a condition. null: makes its absence; read: makes the condition of a further prompt."""
         if self.guidance == 1 or not cond:
@@ -92,6 +98,23 @@ class Settings:
         if len(ends) != 2 or not all(is_number(end) for end in ends) or not 0 <= ends[0] < ends[1]:
             what = "a guidance interval runs from a lower to a higher noise level"
             raise ConfigError(what, where="interval", seen=repr(interval), fix="interval=(0.2, 5)")
+
+
+def fitted_grid(slot: str | Mapping[str, Any], tokens: int) -> dict[str, Any]:
+    """The slot of a grid, told a picture's tokens where it depends on their number and that was not said."""
+    told = {"kind": slot} if isinstance(slot, str) else dict(slot)
+    target = target_of(str(told.get("kind")), KINDS["Grid"])
+    depends = target is not None and "tokens" in (options_of(target) or {})
+    return {**told, "tokens": tokens} if depends and told.get("tokens") is None else told
+
+
+def fitted_guidance(asked: Any, own: Any) -> Any:
+    """What a guidance that was asked for means to a model that recommends `own`.
+
+    A number is the scale of the model's own kind, if that has one (FLUX.1-dev is told it); 1 is off, whatever the kind.
+    """
+    own_scale = isinstance(own, Mapping) and "scale" in own
+    return {**own, "scale": float(asked)} if own_scale and is_number(asked) and asked != 1 else asked
 
 
 def is_whole(value: object) -> bool:

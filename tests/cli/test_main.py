@@ -53,7 +53,7 @@ def test_a_command_that_is_missing_shows_help(sfumato: Command, words: list[str]
     ("words", "parts"),
     [
         (["trian"], ["no such command 'trian'. Did you mean 'train'?", "where  sfumato\n", "fix    sfumato --help"]),
-        (["data", "chek"], ["Did you mean 'check'?", "where  sfumato data\n", "fix    sfumato data --help"]),
+        (["data", "chek"], ["Did you mean 'check'", "where  sfumato data\n", "fix    sfumato data --help"]),
         (["train"], ["missing argument", "where  sfumato train\n", "fix    sfumato train --help"]),
         (["train", "tiny", "--foo"], ["no such option: --foo"]),
         (["train", "tiny", "--stop-after", "0"], ["invalid value for '--stop-after'"]),

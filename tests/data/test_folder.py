@@ -157,19 +157,21 @@ def test_mirroring_doubles_the_pictures(tmp_path: Path) -> None:
         folder[4]
 
 
-@pytest.mark.parametrize("cache", [0, 1, 512])
-def test_the_cache_changes_nothing_but_reading(tmp_path: Path, cache: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("memory", [0, 1, 512])
+def test_what_is_kept_in_memory_changes_nothing_but_reading(
+    tmp_path: Path, memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for i in range(6):
         save(tmp_path / f"{i}.png", (i, i, i))
     from sfumato.data import folder as module
 
     reads: list[Path] = []
     monkeypatch.setattr(module, "fitted", lambda path, shape: reads.append(path) or fitted(path, shape))
-    folder = Folder(str(tmp_path), size=300, cache=cache)  # 0.26 MiB each
+    folder = Folder(str(tmp_path), size=300, memory=memory)  # 0.26 MiB each
     for _ in range(2):
         assert [folder[i].image[0, 0, 0] for i in range(6)] == list(range(6))
-    assert len(reads) == {0: 12, 1: 12, 512: 6}[cache]
-    assert len(folder._kept) == {0: 0, 1: 3, 512: 6}[cache]
+    assert len(reads) == {0: 12, 1: 12, 512: 6}[memory]
+    assert len(folder._kept) == {0: 0, 1: 3, 512: 6}[memory]
 
 
 # captions

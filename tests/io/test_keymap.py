@@ -22,15 +22,27 @@ LINES = [
     line([ORIGINAL], ours="conv", diffusers="lin", original="conv0"),
     line(swapped=[DIFFUSERS], ours="last", diffusers="norm_out", original="final"),
     line(bare=True, ours="table", diffusers="scale_shift_table", original="y.table"),
+    line([ORIGINAL], side=2, ours="patches", diffusers="patches", original="x.proj"),
+    line(
+        long=[ORIGINAL],
+        by_head=[ORIGINAL],
+        heads=2,
+        ours=("h.q", "h.kv"),
+        diffusers=("h.to_q", "h.to_k", "h.to_v"),
+        original="h.qkv",
+        shares={OURS: (1, 2)},
+    ),
+    line(inner=[ORIGINAL], side=2, ours="answer", diffusers="out", original="final.linear"),
 ]
 
 
 def state() -> dict[str, torch.Tensor]:
     rng = torch.Generator().manual_seed(0)
-    sizes = {"a.q": 4, "a.kv": 8, "s.q": 4, "s.k": 4, "s.v": 4, "s.up": 12, "conv": 5, "last": 6}
+    sizes = {"a.q": 4, "a.kv": 8, "s.q": 4, "s.k": 4, "s.v": 4, "s.up": 12, "conv": 5, "last": 6, "h.q": 4, "h.kv": 8}
     made = {f"{name}.weight": torch.randn(n, 3, generator=rng) for name, n in sizes.items()}
     made |= {f"{name}.bias": torch.randn(n, generator=rng) for name, n in sizes.items()}
-    return made | {"table": torch.randn(2, 3, generator=rng)}
+    made |= {f"{name}.weight": torch.randn(12, 12, generator=rng) for name in ("patches", "answer")}
+    return made | {"table": torch.randn(2, 3, generator=rng), "answer.bias": torch.randn(12, generator=rng)}
 
 
 @pytest.mark.parametrize("layout", [DIFFUSERS, ORIGINAL])
@@ -51,6 +63,16 @@ def test_what_layouts_differ_in() -> None:
     assert original["conv0.weight"].shape == (5, 3, 1, 1) and original["conv0.bias"].shape == (5,)
     assert torch.equal(diffusers["norm_out.weight"], ours["last.weight"].roll(3, 0))
     assert torch.equal(original["y.table"], ours["table"])
+    assert original["h.qkv.weight"].shape == (12, 3, 1) and original["h.qkv.bias"].shape == (12,)
+    for leaf, kept in (("weight", original["h.qkv.weight"].flatten(1)), ("bias", original["h.qkv.bias"])):
+        q, k, v = (diffusers[f"h.to_{part}.{leaf}"] for part in "qkv")
+        assert torch.equal(kept, torch.cat([q[:2], k[:2], v[:2], q[2:], k[2:], v[2:]]))  # two heads of two rows
+    pixels = ours["patches.weight"].reshape(12, 3, 2, 2)  # channels, rows, columns
+    assert torch.equal(original["x.proj.weight"], pixels)
+    for leaf in ("weight", "bias"):
+        channel, row, column = 2, 1, 0
+        there, here = (row * 2 + column) * 3 + channel, (channel * 2 + row) * 2 + column
+        assert torch.equal(original[f"final.linear.{leaf}"][there], ours[f"answer.{leaf}"][here])
     direct = renamed(diffusers, LINES, DIFFUSERS, ORIGINAL, "x")
     assert all(torch.equal(direct[key], original[key]) for key in original)
 

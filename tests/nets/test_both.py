@@ -26,6 +26,7 @@ OPTIONS = {
     "unet": {"feed": (False, True), "patch": (1, 2), "qk_norm": (False, True), "blocks": (1, (2, 1))},
 }
 both = pytest.mark.parametrize("kind", ["dit", "unet"])
+every = pytest.mark.parametrize("kind", CONFIGS)
 with_text = pytest.mark.parametrize("text", ["joint", "cross"])
 
 
@@ -65,7 +66,7 @@ def test_every_combination_of_options(kind: str, text: str | None) -> None:
             assert (answer - y.detach()).flatten(1).abs().amax(1).min() > 1e-6, (options, name)
 
 
-@both
+@every
 def test_other_sizes_than_those_of_training(kind: str) -> None:
     net = made(kind, **FULL)
     for size in ((16, 4), (4, 20), (8, 8)):
@@ -73,7 +74,7 @@ def test_other_sizes_than_those_of_training(kind: str) -> None:
         assert net(x, t, **conditions(net.config, 3)).shape == (3, 3, *size)
 
 
-@both
+@every
 def test_samples_of_a_batch_do_not_meet(kind: str) -> None:
     net = made(kind, **FULL)
     (x, t), cond = inputs(3), conditions(net.config, 3)
@@ -83,7 +84,7 @@ def test_samples_of_a_batch_do_not_meet(kind: str) -> None:
         torch.testing.assert_close(whole[i : i + 1], alone, rtol=0, atol=1e-12)
 
 
-@both
+@every
 def test_a_fresh_network_answers_zero(kind: str) -> None:
     config = replace(CONFIGS[kind], **FULL)
     net = type(made(kind))(config)  # type: ignore[arg-type]
@@ -93,14 +94,14 @@ def test_a_fresh_network_answers_zero(kind: str) -> None:
     assert torch.equal(y, torch.zeros_like(y))
 
 
-@both
+@every
 def test_conditions_that_were_not_asked_for_are_passed_over(kind: str) -> None:
     net, (x, t) = made(kind), inputs()
     told = conditions(replace(net.config, **FULL))
     assert torch.equal(net(x, t, **told, context_mask=torch.ones(2, 5, dtype=torch.bool)), net(x, t))
 
 
-@both
+@every
 def test_no_label_is_the_last_label(kind: str) -> None:
     net, (x, t) = made(kind, classes=3), inputs()
     assert torch.equal(net(x, t), net(x, t, label=torch.tensor([3, 3])))
@@ -194,7 +195,7 @@ def test_training_and_evaluation_answer_alike(kind: str, text: str, monkeypatch:
     torch.testing.assert_close(net.train()(x, t, **cond, context_mask=mask).detach(), answered, rtol=0, atol=1e-12)
 
 
-@both
+@every
 def test_dropout_is_for_training(kind: str) -> None:
     net, (x, t) = made(kind, dropout=0.5), inputs()
     assert torch.equal(net(x, t), net(x, t))
@@ -245,7 +246,7 @@ def test_half_precision_by_autocast(kind: str, text: str) -> None:
         )
 
 
-@both
+@every
 def test_half_precision_weights(kind: str) -> None:
     net = made(kind, **FULL)
     (x, t), cond = inputs(), conditions(net.config)
@@ -259,16 +260,16 @@ def test_half_precision_weights(kind: str) -> None:
 # What cannot be
 
 
-@both
+@every
 def test_sizes_that_do_not_divide_are_named(kind: str) -> None:
     net = made(kind)
     with pytest.raises(ConfigError) as caught:
         net(torch.zeros(1, 3, 8, 9, dtype=torch.float64), torch.zeros(1))
     assert caught.value.where == "size" and caught.value.seen == "8x9"
-    assert str({"dit": 4, "unet": 2}[kind]) in str(caught.value.fix)
+    assert str({"dit": 4, "unet": 2, "mmdit": 4, "flux": 4}[kind]) in str(caught.value.fix)
 
 
-@both
+@every
 @pytest.mark.parametrize("name", ["patch", "in_channels"])
 def test_numbers_below_one_are_named(kind: str, name: str) -> None:
     with pytest.raises(ConfigError) as caught:

@@ -10,7 +10,7 @@ from tiny import DIT, inputs, made, normal, stirred
 from torch import nn
 
 from sfumato.errors import ConfigError
-from sfumato.nets.dit import PRESETS, Block, DiT, DiTConfig, _folded, _unfolded, preset
+from sfumato.nets.dit import PRESETS, Block, DiT, DiTConfig, folded, positions, preset, unfolded
 
 # Parameters of the published class-conditional models of 32x32 latents of 4 channels (Peebles & Xie's code).
 PUBLISHED = {
@@ -43,11 +43,14 @@ def test_published_sizes(name: str) -> None:
 
 
 def test_a_shared_modulation_saves_a_third() -> None:
-    """Blocks of 18 D^2 weights have 12 D^2 left; the modulation is computed once, with 6 D offsets a block."""
+    """Blocks of 18 D^2 weights have 12 D^2 left; the modulation is computed once, with 6 D offsets a block. The head
+    has 2 D offsets and no modulation of its own.
+    """
     each, once = (count(preset("XL/2", adaln=adaln)) for adaln in ("block", "shared"))
     dim, depth = PRESETS["XL"].dim, PRESETS["XL"].depth
     modulation = 6 * dim * dim + 6 * dim
-    assert each - once == depth * modulation - modulation - depth * 6 * dim
+    head = 2 * dim * dim
+    assert each - once == depth * modulation - modulation - depth * 6 * dim + head
     assert 0.3 < 1 - once / each < 1 / 3
 
 
@@ -86,14 +89,14 @@ def test_shapes_that_cannot_be_are_named(changes: dict[str, Any], where: str) ->
 @pytest.mark.parametrize("patch", [1, 2, 4])
 def test_unfolding_undoes_folding(patch: int) -> None:
     x = normal(2, 3, 8, 12)
-    tokens = _folded(x, patch)
+    tokens = folded(x, patch)
     assert tokens.shape == (2, 96 // patch**2, 3 * patch**2)
-    assert torch.equal(_unfolded(tokens, (8 // patch, 12 // patch), patch), x)
+    assert torch.equal(unfolded(tokens, (8 // patch, 12 // patch), patch), x)
 
 
 def test_a_token_is_a_patch_channels_first_row_by_row() -> None:
     x = normal(1, 3, 8, 12)
-    tokens = _folded(x, 4)
+    tokens = folded(x, 4)
     for i, (top, left) in enumerate((top, left) for top in (0, 4) for left in (0, 4, 8)):
         assert torch.equal(tokens[0, i], x[0, :, top : top + 4, left : left + 4].flatten())
 
@@ -203,14 +206,76 @@ def test_long_connections_join_the_first_block_to_the_last(depth: int) -> None:
 
 def test_joint_words_have_no_place() -> None:
     """Text tokens are told apart by the encoder, not by the network: their order does not count."""
-    for positions in ("sincos", "rope"):
-        net, (x, t) = made("dit", context_dim=6, positions=positions), inputs()
+    for kind in ("sincos", "rope"):
+        net, (x, t) = made("dit", context_dim=6, positions=kind), inputs()
         words = normal(2, 5, 6)
         torch.testing.assert_close(net(x, t, context=words), net(x, t, context=words.flip(1)), rtol=0, atol=1e-12)
 
 
 def test_patches_have_places() -> None:
     """A picture turned round is not answered by the answer turned round."""
-    for positions in ("sincos", "rope"):
-        net, (x, t) = made("dit", positions=positions, patch=1, depth=1), inputs()
+    for kind in ("sincos", "rope"):
+        net, (x, t) = made("dit", positions=kind, patch=1, depth=1), inputs()
         assert (net(x, t).flip(-1) - net(x.flip(-1), t)).abs().max() > 1e-3
+
+
+# PixArt
+
+PIXART = {"text": "cross", "adaln": "shared", "context_dim": 6}
+
+
+def test_positions_span_the_same_at_every_size() -> None:
+    """Of two grids of one span, the one with half as many patches has every second position of the other."""
+    config = replace(DIT, span=5.0)
+    fine, coarse = (positions(config, grid).unflatten(0, grid) for grid in ((4, 6), (2, 3)))
+    torch.testing.assert_close(fine[::2, ::2], coarse)
+    one = positions(replace(DIT, span=6.0), (6, 6))
+    torch.testing.assert_close(one, positions(DIT, (6, 6)))  # as many patches as the span: one apart
+
+
+def test_a_caption_of_no_words_is_the_learned_one() -> None:
+    """In its rows alone; all words of it count, and where it is not filled up to the others' length nothing else."""
+    net, (x, t) = made("dit", unsaid=3, **PIXART), inputs()
+    words, mask = normal(2, 5, 6), torch.tensor([[True, True, False, False, False], [False] * 5])
+    got = net(x, t, context=words, context_mask=mask)
+    said = net(x[:1], t[:1], context=words[:1], context_mask=mask[:1])
+    null = net(x[1:], t[1:], context=net.unsaid[None])
+    torch.testing.assert_close(got, torch.cat([said, null]), rtol=0, atol=1e-12)
+    assert not torch.allclose(said, net(x[:1], t[:1], context=net.unsaid[None]))
+    short = net(x, t, context=words[:, :2], context_mask=mask[:, :2])  # fewer words than the learned caption has
+    torch.testing.assert_close(short[1:], net(x[1:], t[1:], context=net.unsaid[None, :2]), rtol=0, atol=1e-12)
+    got.square().sum().backward()
+    assert net.unsaid.grad is not None and net.unsaid.grad.abs().min() > 0
+
+
+def test_sizes_change_the_answer_each_in_its_third() -> None:
+    net, (x, t) = made("dit", dim=24, sizes=True, **PIXART), inputs()
+    assert net.sizes is not None
+    sizes = torch.tensor([[64.0, 96.0, 2 / 3], [50.0, 40.0, 1.25]], dtype=torch.float64)
+    told = net.sizes(sizes)
+    want = [net.sizes.side(sizes[:, 0]), net.sizes.side(sizes[:, 1]), net.sizes.ratio(sizes[:, 2])]
+    assert torch.equal(told, torch.cat(want, 1)) and told.shape == (2, 24)
+    answers = [net(x, t, sizes=sizes + torch.eye(3)[i]) for i in range(3)] + [net(x, t, sizes=sizes), net(x, t)]
+    for i, one in enumerate(answers):
+        assert all((one - other).abs().max() > 1e-9 for other in answers[:i])
+
+
+def test_a_fresh_pixart_answers_zero_and_learns() -> None:
+    net = DiT(replace(DIT, dim=24, classes=0, unsaid=2, sizes=True, span=2.0, **PIXART))  # type: ignore[arg-type]
+    x, t = inputs()
+    told = {"context": normal(2, 5, 6).float(), "context_mask": torch.tensor([[True] * 5, [False] * 5])}
+    told["sizes"] = torch.ones(2, 3)
+    assert torch.equal(net(x.float(), t.float(), **told), torch.zeros(2, 3, 8, 12))
+    stirred(net)
+    net(x.float(), t.float(), **told).square().sum().backward()
+    for name, p in net.named_parameters():
+        assert p.grad is not None and p.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"), [({"span": 2.0, "positions": "rope"}, "span"), ({"sizes": True}, "sizes")]
+)
+def test_options_that_do_not_go_together_are_named(changes: dict[str, Any], where: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        DiT(replace(DIT, **changes))
+    assert caught.value.where == f"model.net.{where}"

@@ -7,19 +7,26 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.nets.dit import DiT, DiTConfig
+from sfumato.nets.flux import Flux, FluxConfig
+from sfumato.nets.mmdit import MMDiT, MMDiTConfig
 from sfumato.nets.unet import UNet, UNetConfig
 
 SIZE = (8, 12)
 DIT = DiTConfig(size=SIZE, patch=4, dim=16, depth=2, heads=2)
 UNET = UNetConfig(size=SIZE, channels=(8, 16), blocks=1, attention=(0, 1), head=8)
-CONFIGS = {"dit": DIT, "unet": UNET}
+MMDIT = MMDiTConfig(size=SIZE, patch=4, dim=16, depth=3, heads=2, in_channels=3, dual=(0,), table=6)
+FLUX = FluxConfig(size=SIZE, patch=4, dim=16, double=2, single=2, heads=2, in_channels=3)
+AnyConfig = DiTConfig | UNetConfig | MMDiTConfig | FluxConfig
+AnyNet = DiT | UNet | MMDiT | Flux
+CONFIGS: dict[str, AnyConfig] = {"dit": DIT, "unet": UNET, "mmdit": MMDIT, "flux": FLUX}
+NETS = {DiTConfig: DiT, UNetConfig: UNet, MMDiTConfig: MMDiT, FluxConfig: Flux}
 Net = TypeVar("Net", bound=nn.Module)
 
 
-def made(kind: str, **changes: object) -> DiT | UNet:
+def made(kind: str, **changes: object) -> AnyNet:
     """A float64 network in evaluation mode, every branch of it open; its weights follow from its shape alone."""
-    config = replace(CONFIGS[kind], **changes)  # type: ignore[type-var]
-    net = DiT(config) if isinstance(config, DiTConfig) else UNet(config)
+    config = replace(CONFIGS[kind], **changes)  # type: ignore[arg-type]
+    net: AnyNet = NETS[type(config)](config)  # type: ignore[arg-type, assignment]
     return stirred(net.double()).eval()
 
 
@@ -41,7 +48,7 @@ def inputs(n: int = 2, size: tuple[int, int] = SIZE, seed: int = 0) -> tuple[Ten
     return normal(n, 3, *size, seed=seed), torch.linspace(50, 900, n, dtype=torch.float64)
 
 
-def conditions(config: DiTConfig | UNetConfig, n: int = 2, length: int = 5, seed: int = 1) -> dict[str, Tensor]:
+def conditions(config: AnyConfig, n: int = 2, length: int = 5, seed: int = 1) -> dict[str, Tensor]:
     """A condition of every kind that a network takes, without a mask."""
     said: dict[str, Tensor] = {}
     if config.classes:
@@ -50,4 +57,6 @@ def conditions(config: DiTConfig | UNetConfig, n: int = 2, length: int = 5, seed
         said["context"] = normal(n, length, config.context_dim, seed=seed)
     if config.pooled_dim:
         said["pooled"] = normal(n, config.pooled_dim, seed=seed + 1)
+    if getattr(config, "guidance", False):
+        said["guidance"] = torch.linspace(1.5, 4, n, dtype=torch.float64)
     return said

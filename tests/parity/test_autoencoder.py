@@ -12,10 +12,15 @@ from torch import Tensor
 from sfumato.catalogue import build
 from sfumato.codecs import Latents
 from sfumato.errors import CheckpointError
+from sfumato.io.directory import load_autoencoder
 from sfumato.io.families.autoencoder import config_of, lines, modern
 from sfumato.io.keymap import DIFFUSERS, ORIGINAL, OURS, renamed
 from sfumato.io.pretrained import codec_from, fill_codec
+from sfumato.io.published import save_file as save_model_file
+from sfumato.io.published import save_published
 from sfumato.nets.autoencoder import PRESETS, Autoencoder
+from sfumato.overlay import load_config
+from sfumato.train import train
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -189,3 +194,39 @@ def test_a_config_that_is_no_mapping_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps([1]))
     with pytest.raises(CheckpointError, match="no mapping"):
         codec_from({"kind": "latents", "weights": str(tmp_path)})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An autoencoder that was trained here for three steps, whose groups and scale are not the usual ones."""
+    codec = "model.codec={kind: latents, channels: [8, 16], latent: 3, blocks: 1, groups: 4}"
+    changes = ("model.net=null", "model.conditioner=null", codec, "objective=autoencoder", "steps=3", "device=cpu")
+    quiet = ("samples.every=0", "validate={every: 0, holdout: 0}", "data.count=40", "optim.clip=1.0")
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    train(load_config("tiny", [*changes, *quiet]).config, run=folder)
+    return folder
+
+
+@torch.no_grad()
+def test_what_is_trained_here_is_diffusers_vae(trained: Path, images: Tensor, tmp_path: Path) -> None:
+    model = load_autoencoder(trained / "model")
+    assert model is not None
+    save_published(tmp_path / "made", model)
+    peer = diffusers.AutoencoderKL.from_pretrained(tmp_path / "made" / "vae").eval()
+    z = peer.encode(images).latent_dist
+    scaled = z.mode() * peer.config.scaling_factor
+    torch.testing.assert_close(model.codec.encode(images), scaled, **CLOSE)
+    torch.testing.assert_close(model.net.decode(z.mode()), peer.decode(z.mode()).sample, **CLOSE)  # type: ignore[operator]
+    back = from_folder(tmp_path / "made")
+    assert torch.equal(back.encode(images), model.codec.encode(images)) and torch.equal(back.scale, model.codec.scale)
+
+
+@torch.no_grad()
+def test_what_is_trained_here_is_an_original_file(trained: Path, images: Tensor, tmp_path: Path) -> None:
+    model = load_autoencoder(trained / "model")
+    assert model is not None
+    save_model_file(tmp_path / "vae.safetensors", model)
+    slot, state = codec_from({"kind": "latents", "weights": str(tmp_path / "vae.safetensors"), "groups": 4})
+    codec = build(slot, "Codec")
+    fill_codec(codec, state)
+    torch.testing.assert_close(codec.autoencoder.encode(images).mean, model.net.encode(images).mean)  # type: ignore[operator]

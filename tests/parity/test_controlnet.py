@@ -157,7 +157,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[Any], Pat
     ]
     for i, net in enumerate(nets):
         with torch.no_grad():  # the picture is to be seen in what is drawn
-            net.controlnet_cond_embedding.conv_out.weight *= 20
+            net.controlnet_cond_embedding.conv_out.weight *= 200
+            net.controlnet_down_blocks[0].weight *= 4
         net.save_pretrained(folder / f"control-{i}")
     return pipe, nets, folder
 
@@ -198,7 +199,7 @@ def test_a_control_draws_the_same_picture(whole: tuple[Any, list[Any], Path], gu
     other = pipeline.sample("a red circle", control={name: white}, guidance=guidance, **OURS_OPTIONS).images[0]
     off = {name: {"image": picture(0), "scale": 0}}
     without = pipeline.sample("a red circle", control=off, guidance=guidance, **OURS_OPTIONS).images[0]
-    assert all(np.abs(one.astype(float) - ours).max() > 10 for one in (plain, other))
+    assert np.abs(plain.astype(float) - ours).max() > 10 and np.abs(other.astype(float) - ours).max() > 3
     assert (without == plain).all()
 
 

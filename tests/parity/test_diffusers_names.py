@@ -86,6 +86,20 @@ def test_times_of_edm() -> None:
     torch.testing.assert_close(path.sigma(times), scheduler.sigmas[:-1].double(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("config", [{}, {"num_train_timesteps": 151, "sigma_max": 70.0, "rho": 5.0}])
+@pytest.mark.parametrize("n", [1, 2, 7, 40])
+def test_times_of_consistency_models(config: dict[str, Any], n: int) -> None:
+    scheduler = diffusers.CMStochasticIterativeScheduler(**config)
+    scheduler.set_timesteps(n)
+    path = VarianceExploding(scheduler.config.sigma_max)
+    grid = sampler_named({"_class_name": "CMStochasticIterativeScheduler", **scheduler.config}).grid
+    times = build(grid, "Grid")(path, n)
+    torch.testing.assert_close(path.sigma(times)[:-1], scheduler.sigmas[:-1].double(), rtol=1e-6, atol=1e-7)
+    scheduler.set_timesteps(timesteps=[22, 17, 0])
+    levels = build({**grid, "levels": [0, 17, 22]}, "Grid")(path, 3)
+    torch.testing.assert_close(path.sigma(levels)[:-1], scheduler.sigmas[:-1].double(), rtol=1e-6, atol=1e-7)
+
+
 def test_a_solver_that_is_not_here_is_named_and_not_replaced() -> None:
     for config, said in (
         ({"_class_name": "DPMSolverSinglestepScheduler", "solver_order": 3}, r"3S[\s\S]*dpmpp_3m"),
@@ -116,6 +130,12 @@ def test_a_solver_that_is_not_here_is_named_and_not_replaced() -> None:
             {"kind": "dpmpp_3m", "coef": "published", "form": "midpoint", "of": "noise"},
         ),
         ({"_class_name": "DPMSolverSinglestepScheduler"}, {"kind": "dpmpp_2s"}),
+        ({"_class_name": "DDIMScheduler", "clip_sample": False}, {"kind": "ddim"}),
+        ({"_class_name": "DDIMScheduler", "beta_start": 1e-4}, {"kind": "ddim", "clip": 1.0}),
+        (
+            {"_class_name": "CMStochasticIterativeScheduler", "clip_denoised": True, "sigma_min": 0.01},
+            {"kind": "consistency", "sigma_min": 0.01, "clip": 1.0},
+        ),
         ({"_class_name": "PNDMScheduler", "skip_prk_steps": True}, {"kind": "pndm", "start": "plms"}),
     ],
     ids=str,

@@ -70,6 +70,11 @@ def close(ours: Tensor, other: Tensor) -> None:
 
 DETERMINISTIC = {
     "ddim": (lambda: diffusers.DDIMScheduler(**COMMON, clip_sample=False, timestep_spacing="trailing"), ddim, {}),
+    "ddim clipped": (
+        lambda: diffusers.DDIMScheduler(**COMMON, clip_sample_range=0.4, timestep_spacing="trailing"),
+        ddim,
+        {"clip": 0.4},
+    ),
     "dpmpp_2m": (lambda: diffusers.DPMSolverMultistepScheduler(**COMMON), dpmpp_2m, {}),
     "dpmpp_2m heun": (
         lambda: diffusers.DPMSolverMultistepScheduler(**COMMON, solver_type="heun"),

@@ -90,7 +90,7 @@ def test_sdxl(folder: Path, tmp_path: Path, zeros: bool) -> None:
     same(made([{}, {}]), context=null, pooled=null_pooled)
     _, said, _, said_pooled = peer.encode_prompt(PROMPTS, device="cpu", negative_prompt=["", "a square"])
     same(made([{"caption": ""}, {"caption": "a square"}]), context=said, pooled=said_pooled)
-    assert (made.context_dim, made.pooled_dim) == (27, 10)
+    assert (made.context_dim, made.pooled_dim, made.length) == (27, 10, 16)
 
 
 @torch.no_grad()
@@ -158,7 +158,7 @@ def test_stable_diffusion_3(folder: Path, with_t5: bool) -> None:
     same(made(raws()), context=told[0], pooled=told[2])
     same(made.null(2), context=told[1], pooled=told[3])
     assert (made.context_dim, made.pooled_dim) == (32 if with_t5 else 48, 17)
-    assert told[0].shape == (2, 16 + (19 if with_t5 else 256), made.context_dim)
+    assert told[0].shape == (2, 16 + (19 if with_t5 else 256), made.context_dim) == (2, made.length, made.context_dim)
 
 
 @torch.no_grad()
@@ -182,7 +182,7 @@ def test_flux(folder: Path, tmp_path: Path) -> None:
     parts = [Text(pooled=True, length=16), Text(part="text_encoder_2", length=23)]
     made = loaded(Texts(parts=parts, join="apart"), tmp_path, "text_encoder", "text_encoder_2")
     same(made(raws()), context=context, pooled=pooled)
-    assert (made.context_dim, made.pooled_dim) == (32, 12)
+    assert (made.context_dim, made.pooled_dim, made.length) == (32, 12, 23)
     made.check([{"caption": "a red circle left of a blue square of a red circle of a red"}])  # CLIP reads its beginning
 
 

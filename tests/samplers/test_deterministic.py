@@ -23,8 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sfumato.catalogue import SAMPLERS
 from sfumato.denoiser import Bound
 from sfumato.guidance import Unguided
-from sfumato.paths import Path
+from sfumato.paths import Path, VariancePreserving
 from sfumato.samplers import Ask, Job, drive, drive_many, sample
+from sfumato.samplers.ddim import ddim
 
 OPTIONS = [(name, {}) for name in DETERMINISTIC] + [
     ("ipndm", {"variable": "sigma"}),
@@ -246,3 +247,15 @@ def test_a_step_is_shown_for_each_question_and_one_for_the_result(name) -> None:
     steps = list(sample(SAMPLERS[name].fn(path, x, times), three_modes_at(path)))
     assert [step.t for step in steps] == [*at, 0.0]
     assert torch.equal(steps[0].x, x) and torch.equal(steps[-1].x, end)
+
+
+def test_the_noise_of_a_clipped_answer_is_its_own_or_the_answers() -> None:
+    """By hand: ADM takes what is in x beside the clamped x0 for noise, diffusers what the model took for it."""
+    path, times = VariancePreserving(), torch.tensor([0.8, 0.4], dtype=torch.float64)
+    x = torch.linspace(-4, 4, 9, dtype=torch.float64)[:, None]
+    denoise = Bound(path, lambda x, t: x * 0.9)
+    (a, b), (s, r) = path.alpha(times), path.sigma(times)
+    clipped = (x * 0.9).clamp(-1, 1)
+    for own, noise in ((False, (x - a * x * 0.9) / s), (True, (x - a * clipped) / s)):
+        got = drive(ddim(path, x, times, clip=1.0, clipped_noise=own), denoise)
+        torch.testing.assert_close(got, b * clipped + r * noise)

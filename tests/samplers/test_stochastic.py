@@ -132,6 +132,20 @@ def test_an_exact_consistency_model_needs_one_jump(path: Path) -> None:
         assert abs(float(end.std()) / 0.6 - 1) < 0.02 and abs(float(end.mean()) - 0.5) < 0.02
 
 
+def test_ends_are_clipped_at_each_jump() -> None:
+    path = Linear()
+    ends = Bound(path, lambda x, t, **to: x * 3, ("endpoint",))
+    x, times = begun(path, MANY), torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
+    torch.manual_seed(1)
+    clipped = drive(consistency(path, x, times, clip=0.5), ends)
+    assert float(clipped.abs().max()) == 0.5
+    torch.manual_seed(1)
+    by_hand = x.mul(3).clamp(-0.5, 0.5) / 2 + torch.randn_like(x) / 2
+    torch.testing.assert_close(clipped, by_hand.mul(3).clamp(-0.5, 0.5))
+    with pytest.raises(ConfigError, match="clipped"):
+        drive(consistency(path, x, times, clip=0), ends)
+
+
 def test_an_ordinary_denoiser_has_no_endpoint() -> None:
     path = Linear()
     for fn in (consistency, lcm):

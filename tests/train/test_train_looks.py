@@ -87,7 +87,7 @@ def test_losses_are_averaged_over_pictures_and_binned_by_time(start: Start) -> N
 
     run = start()
     run.stepper.objective = Told()  # type: ignore[assignment]
-    loss, by_noise = Validation([batch(0, 10, 20), batch(255)], 0)(run.stepper)
+    loss, by_noise = Validation([batch(0, 10, 20), batch(255)])(run.stepper)
     assert loss == pytest.approx(285 / 4)  # not the mean of the batches' means
     assert by_noise == [(0.05, 10.0), (0.95, 255.0)]
 

@@ -17,6 +17,7 @@ from sfumato.cli.data import data
 from sfumato.cli.doctor import doctor
 from sfumato.cli.eval import evaluate
 from sfumato.cli.inspect import inspect
+from sfumato.cli.lora import lora
 from sfumato.cli.plan import plan
 from sfumato.cli.recipes import recipes
 from sfumato.cli.sample import sample
@@ -40,6 +41,7 @@ app.command(name="recipes")(recipes)
 app.command(name="plan")(plan)
 app.command(name="convert")(convert)
 app.command(name="inspect")(inspect)
+app.add_typer(lora, name="lora")
 app.add_typer(data, name="data")
 app.command(name="doctor")(doctor)
 app.command(name="tune-sampler")(tune_sampler)

@@ -22,7 +22,8 @@ def convert(
     trust: bool = typer.Option(False, "--trust", help="Run code that a model directory names and that is not ours."),
     json: bool = typer.Option(False, "--json", help="As JSON."),
 ) -> None:
-    """Write a model in another layout. Nothing of it is lost: the way back gives the same bytes.
+    """Write a model, or an autoencoder that was trained alone, in another layout. Nothing of it is lost: the way back
+    gives the same bytes.
 
     sfumato convert stable-diffusion-v1-5 models/sd15 --to sfumato
     """
@@ -31,12 +32,15 @@ def convert(
             raise ConfigError("no such choice", where=name, seen=given, fix=nearest(given, known))
     if target.exists():
         raise ConfigError("this exists already", where=str(target), fix="choose another name, or move it away")
-    from sfumato.io.directory import save_model
+    from sfumato.io.directory import load_autoencoder, save_model
     from sfumato.io.published import save_file, save_published
+    from sfumato.model import Trainable
     from sfumato.pipeline import DTYPES as KINDS
-    from sfumato.pipeline import load
+    from sfumato.pipeline import load, model_folder
 
-    model = load(source, "cpu", trust=trust, parts=parts).model
+    folder = model_folder(source)
+    alone = load_autoencoder(folder) if (folder / "model.json").is_file() else None
+    model: Trainable = alone or load(source, "cpu", trust=trust, parts=parts).model
     if to == "sfumato":
         save_model(target, model, model.facts, dtype=KINDS[dtype])
     elif to == "single-file":

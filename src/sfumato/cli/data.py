@@ -1,11 +1,12 @@
-"""`sfumato data`: what is in a folder, before a run is spent on it."""
+"""`sfumato data`: what is in a folder, before a run is spent on it, and what can be computed of it once."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from sfumato.cli.show import as_json, line, made, say
+from sfumato.cli.show import as_json, bar, line, made, say
 from sfumato.errors import ConfigError, DataError
 
 data = typer.Typer(help="Look at data before training on it.", no_args_is_help=True, rich_markup_mode="rich")
@@ -40,6 +41,43 @@ def check(
         faults = {"unreadable": len(found.unreadable), "without a caption": len(found.uncaptioned)}
         seen = ", ".join(f"{n} {what}" for what, n in faults.items() if n)
         raise DataError("the data has faults", where=source, seen=seen, fix="repair or remove the files named above")
+
+
+@data.command()
+def cache(
+    source: str = typer.Argument(..., help="A recipe, a YAML file, or a run.", metavar="CONFIG"),
+    overrides: list[str] | None = OVERRIDES,
+    folder: Path | None = typer.Option(None, "--to", help="Where to keep it. [default: what data.cache says]"),
+    json: bool = typer.Option(False, "--json", help="As JSON."),
+) -> None:
+    """Compute the latents of all pictures and the states of all captions once, for every run that needs the same.
+
+    What is there already is kept; what was interrupted goes on. Training reads it where data.cache says so.
+
+    sfumato data cache stable-diffusion-scenes
+    """
+    from sfumato.overlay import load_config
+
+    run = Path(source) / "config.yaml"
+    config = load_config(str(run) if run.is_file() else source, overrides or []).config
+    from sfumato.train.cache import cache_folder, fill
+
+    chosen = folder or cache_folder(config)
+    if chosen is None:
+        fix = "data.cache=true, or --to FOLDER"
+        raise ConfigError("this configuration says of no cache", where="data.cache", seen="nothing", fix=fix)
+    found = fill(config, chosen, bar)
+    if json:
+        as_json(asdict(found))
+        return
+    line(chosen)
+    for what, kept, new in (
+        ("pictures", found.pictures, found.pictures_made),
+        ("conditions", found.conditions, found.conditions_made),
+    ):
+        if kept:
+            say(f"{what:<11} {kept:,}, {new:,} of them new")
+    say(f"size        {found.bytes / 2**20:,.1f} MiB")
 
 
 @data.command()
@@ -93,7 +131,7 @@ def _slot(source: str, overrides: list[str] | None, size: int | None) -> dict[st
             raise ConfigError(
                 "a configuration has a size of its own", where="--size", seen=str(size), fix="data.size=64"
             )
-        return dict(load_config(str(config) if config.is_file() else source, overrides or []).config.data)
+        return load_config(str(config) if config.is_file() else source, overrides or []).config.source
     if overrides:
         fix = f"sfumato data check quickstart data.kind=folder data.path={source} {' '.join(overrides)}"
         raise ConfigError("only a configuration can be changed", where=source, seen=overrides[0], fix=fix)

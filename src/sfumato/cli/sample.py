@@ -45,8 +45,17 @@ def sample(
     folder: Path | None = typer.Option(None, "--out", help="Where to write. [default: RUN/pictures]"),
     device: str = typer.Option("auto", "--device", help="cpu, cuda, mps, ..."),
     precision: str = typer.Option("fp32", "--precision", help="fp32, bf16 or fp16."),
+    text: str | None = typer.Option(
+        None, "--text", help="Options of the text encoders: '{emphasis: true, chunks: 3}'.", metavar="OPTIONS"
+    ),
+    text_device: str | None = typer.Option(
+        None, "--text-device", help="Where text encoders work, or offload: in main memory while nothing is read."
+    ),
     parts: Path | None = typer.Option(
         None, "--parts", help="For a single file: a folder of diffusers with what it lacks (a tokenizer, ...)."
+    ),
+    lora: list[str] | None = typer.Option(
+        None, "--lora", help="An adapter and perhaps its scale; as often as there are some.", metavar="FILE[:SCALE]"
     ),
     json: bool = typer.Option(False, "--json", help="Print the paths and settings as JSON."),
 ) -> None:
@@ -59,7 +68,12 @@ def sample(
     from sfumato.io.pictures import unused
     from sfumato.pipeline import load
 
-    pipeline = load(run, device, precision=precision, parts=parts)
+    options = slot(text)
+    if options is not None and not isinstance(options, dict):
+        raise ConfigError("options are a mapping", where="--text", seen=str(text), fix="--text '{emphasis: true}'")
+    pipeline = load(run, device, precision=precision, parts=parts, text=options, text_device=text_device)
+    for adapter, scale in map(scaled, lora or []):
+        pipeline.load_lora(adapter, scale)
     place = made(folder or home(run) / "pictures")
     told = conditions(condition or [])
     asked = [asking(prompt, told) for prompt in wanted or [None] for _ in range(n)]
@@ -123,6 +137,15 @@ def controls(given: list[str]) -> dict[str, Any] | None:
 def asking(prompt: str | None, told: dict[str, str]) -> Any:
     """What a pipeline is asked for: a prompt alone, or raw fields with it."""
     return prompt if not told else {**({} if prompt is None else {"caption": prompt}), **told}
+
+
+def scaled(text: str) -> tuple[str, float]:
+    """FILE or FILE:SCALE; a scale of 1 is what was trained."""
+    path, colon, number = text.rpartition(":")
+    try:
+        return (path, float(number)) if colon else (text, 1.0)
+    except ValueError:  # a colon of the path itself
+        return text, 1.0
 
 
 def slot(text: str | None) -> Any:

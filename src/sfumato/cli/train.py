@@ -57,6 +57,9 @@ def train(
         as_json({"run": str(place), "model": str(model)})
     else:
         line(model)
+        if loaded.config.model is not None and loaded.config.model.net is None:
+            say(f'next: a model in its latents, with "model.codec={{kind: latents, weights: {place}}}"')
+            return
         judge = f"sfumato eval {place} --suite scenes, " if loaded.config.data["kind"] == "scenes" else ""
         say(f'next: sfumato sample {place} "a prompt", {judge}sfumato doctor {place}')
 

@@ -56,7 +56,7 @@ class Folder:
     path: the folder. size: one side, or (height, width). captions: where they come from, by default whatever is there.
     unreadable: "error" stops at a broken file; "skip" reads every file whole at the start, and leaves broken ones out.
     mirror: every picture also mirrored (not for
-    captions that speak of left and right). cache: MiB of decoded pictures to keep in memory.
+    captions that speak of left and right). memory: MiB of decoded pictures to keep in memory.
     """
 
     path: str
@@ -64,7 +64,7 @@ class Folder:
     captions_from: Literal["auto", "sidecar", "metadata", "class", "none"] = "auto"
     unreadable: Literal["error", "skip"] = "error"
     mirror: bool = False
-    cache: int = 512
+    memory: int = 512
     _kept: "OrderedDict[int, Image]" = field(default_factory=OrderedDict, init=False, repr=False, compare=False)
     _guard: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
 
@@ -132,9 +132,8 @@ class Folder:
         if not 0 <= index < len(self):
             raise IndexError(f"picture {index} of {len(self)}")
         mirrored, place = divmod(index, len(self.entries))
-        entry, image = self.entries[place], self._image(place)
-        fields = {"caption": entry.caption, "label": entry.label, "file": str(entry.path)}
-        known = {name: value for name, value in fields.items() if value is not None}
+        image = self._image(place)
+        known = self._fields(self.entries[place])
         return Picture(np.ascontiguousarray(image[:, ::-1]) if mirrored else image, known)
 
     def batch(self, indices: Sequence[int]) -> tuple[Image, list[Fields]]:
@@ -142,9 +141,24 @@ class Folder:
         pictures = [self[int(index)] for index in indices]
         return np.stack([picture.image for picture in pictures]), [picture.fields for picture in pictures]
 
+    def fields(self, indices: Sequence[int]) -> list[Fields]:
+        """The fields of some pictures, without reading these."""
+        return [self._fields(self.entries[int(index) % len(self.entries)]) for index in indices]
+
+    def identity(self) -> str:
+        """Names, sizes and times of the files, and what is made of them; captions do not count."""
+        root = Path(self.path).expanduser()
+        looks = [(entry.path.relative_to(root).as_posix(), entry.path.stat()) for entry in self.entries]
+        listed = [(name, seen.st_size, seen.st_mtime_ns) for name, seen in looks]
+        return json.dumps({"kind": "folder", "shape": self.shape, "mirror": self.mirror, "files": listed})
+
     def captions(self) -> Iterator[str]:
         """Every caption there is."""
         return (entry.caption for entry in self.entries if entry.caption)
+
+    def _fields(self, entry: Entry) -> Fields:
+        fields = {"caption": entry.caption, "label": entry.label, "file": str(entry.path)}
+        return {name: value for name, value in fields.items() if value is not None}
 
     def _image(self, place: int) -> Image:
         with self._guard:
@@ -158,7 +172,7 @@ class Folder:
             raise DataError("a picture cannot be read", where=path, seen=reason(error), fix=fix) from error
         with self._guard:
             self._kept[place] = image
-            while len(self._kept) * image.nbytes > self.cache * 2**20:
+            while len(self._kept) * image.nbytes > self.memory * 2**20:
                 self._kept.popitem(last=False)
         return image
 

@@ -7,17 +7,23 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from sfumato.data.cache import LatentStore
 from sfumato.data.order import indices, permuted
-from sfumato.data.picture import Dataset, Fields, Image
+from sfumato.data.picture import Dataset, Fields, Image, fields_of
 
 
 class Batch(NamedTuple):
-    """images (B, H, W, 3) uint8, the fields of each, their indices, and the position after them."""
+    """images (B, H, W, 3) uint8, the fields of each, their indices, and the position after them.
 
-    images: Image
+    moments: what a cache has in place of pictures, which are None then: mean and standard deviation of their latents,
+    (B, 2, C, h, w) float32.
+    """
+
+    images: Image | None
     fields: list[Fields]
     indices: NDArray[np.int64]
     position: int
+    moments: NDArray[np.float32] | None = None
 
 
 class Loader:
@@ -25,13 +31,21 @@ class Loader:
 
     position: samples already seen; resuming is starting there. workers: threads that fetch ahead, 0 for none.
     holdout: samples kept out, the same ones for every position and epoch, see `held_out`; of data that has not twice as
-    many, a tenth.
+    many, a tenth. latents: a store that is read in place of the pictures.
     """
 
     def __init__(
-        self, dataset: Dataset, batch: int, seed: int, *, position: int = 0, workers: int = 1, holdout: int = 0
+        self,
+        dataset: Dataset,
+        batch: int,
+        seed: int,
+        *,
+        position: int = 0,
+        workers: int = 1,
+        holdout: int = 0,
+        latents: LatentStore | None = None,
     ) -> None:
-        self.dataset, self.batch, self.seed = dataset, batch, seed
+        self.dataset, self.batch, self.seed, self.latents = dataset, batch, seed, latents
         self.holdout = holdout if 2 * holdout <= len(dataset) else len(dataset) // 10
         self.n = len(dataset) - self.holdout
         self._next, self._wanted = position, position
@@ -74,6 +88,10 @@ class Loader:
         """The indices that are never given: the last places of one fixed permutation."""
         return permuted(np.arange(self.n, self.n + self.holdout), len(self.dataset), self.seed, -1)
 
+    def places(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The indices of pictures that are numbered from 0 to `n`, those that are held out passed over."""
+        return permuted(numbers, len(self.dataset), self.seed, -1) if self.holdout else numbers
+
     def _work(self) -> None:
         while True:
             self._room.acquire()
@@ -90,8 +108,13 @@ class Loader:
                 self._changed.notify_all()
 
     def _fetched(self, position: int) -> Batch:
-        index = indices(position, self.batch, self.n, self.seed)
-        if self.holdout:
-            index = permuted(index, len(self.dataset), self.seed, -1)
+        index = self.places(indices(position, self.batch, self.n, self.seed))
+        return self.fetched(index, position + self.batch)
+
+    def fetched(self, index: NDArray[np.int64], position: int = 0) -> Batch:
+        """The batch of some indices: pictures, or their latents where these are kept."""
+        if self.latents is not None:
+            fields = list(fields_of(self.dataset, index.tolist()))
+            return Batch(None, fields, index, position, self.latents.read(index))
         images, fields = self.dataset.batch(index.tolist())
-        return Batch(images, fields, index, position + self.batch)
+        return Batch(images, fields, index, position)

@@ -18,7 +18,11 @@ class Picture(NamedTuple):
 
 
 class Dataset(Protocol):
-    """Random access to pictures of one size, each a pure function of its index."""
+    """Random access to pictures of one size, each a pure function of its index.
+
+    Two methods more are of use to caches: `identity()`, a text that is another one where the pictures are others, and
+    `fields(indices)`, the fields without the pictures.
+    """
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -36,3 +40,10 @@ class Dataset(Protocol):
     def captions(self) -> Iterator[str]:
         """Captions enough to learn every word from."""
         ...
+
+
+def fields_of(dataset: Dataset, indices: Sequence[int]) -> Sequence[Fields]:
+    """The fields of some pictures; without looking at the pictures, of a source that has a method `fields`."""
+    told = getattr(dataset, "fields", None)
+    found: Sequence[Fields] = dataset.batch(indices)[1] if told is None else told(indices)
+    return found

@@ -118,25 +118,28 @@ def guided(
     guidance: Guidance,
     times: Tensor | None = None,
     variants: Variants | None = None,
+    answers: tuple[str, ...] | None = None,
 ) -> Bound:
     """A `Denoise` for one run, which answers all branches of a guidance with one batched forward.
 
     times: the run's grid, which CFG++ must know. variants: where branches on a variant of the network are answered,
-    each variant with a forward of its own. Raises ConfigError for a variant if there are none.
+    each variant with a forward of its own. Raises ConfigError for a variant if there are none. answers: what the
+    forward can be asked for, where it does not say so itself.
     """
     running = started(guidance, times)
 
     def fn(x_t: Tensor, t: float | Tensor, **to: str) -> Tensor:
         now, t = t, float(t.detach()) if isinstance(t, Tensor) else t
         branches = running.branches(path, t)
-        answers: dict[int, Tensor] = {}
+        said: dict[int, Tensor] = {}
         for variant in dict.fromkeys(branch.variant for branch in branches):
             which = [i for i, branch in enumerate(branches) if branch.variant == variant]
             parts = _answered(varied(forward, variants, variant), x_t, now, [branches[i].cond for i in which], to)
-            answers |= dict(zip(which, parts, strict=True))
-        return combined(running, path, x_t, t, [answers[i] for i in range(len(branches))])
+            said |= dict(zip(which, parts, strict=True))
+        return combined(running, path, x_t, t, [said[i] for i in range(len(branches))])
 
-    return Bound(path, fn, getattr(forward, "answers", ("x0",)))
+    known: tuple[str, ...] = getattr(forward, "answers", ("x0",)) if answers is None else answers
+    return Bound(path, fn, known)
 
 
 def combined(guidance: Guidance, path: Path, x_t: Tensor, t: float, answers: Sequence[Tensor]) -> Tensor:

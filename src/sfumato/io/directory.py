@@ -17,14 +17,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sfumato import files
 from sfumato.config import slot_problems
-from sfumato.errors import CheckpointError
+from sfumato.errors import CheckpointError, ConfigError
 from sfumato.io.fill import fill_weights, unfilled
-from sfumato.model import Model, build_model
+from sfumato.io.tensors import tensors_of
+from sfumato.model import AutoencoderModel, Model, Trainable, build_autoencoder, build_model
 from sfumato.registry import target_of
 
 FORMAT, VERSION = "sfumato", 1
@@ -34,7 +35,7 @@ KEYS = {"model": dict, "size": list, "sampling": dict, "files": list, "facts": d
 
 def save_model(
     folder: Path,
-    model: Model,
+    model: Trainable,
     facts: Mapping[str, Any],
     weights: Mapping[str, Tensor] | None = None,
     *,
@@ -46,9 +47,14 @@ def save_model(
     those of floating point are stored as `dtype`.
     """
 
+    kept = model.weights() if weights is None else weights
+    if any(".base_layer." in name for name in kept):
+        what, fix = "an adapter stands beside the weights", "merge it, or take it away, before saving"
+        raise ConfigError(what, where=str(folder), seen="a model with LoRA", fix=fix)
+
     def fill(place: Path) -> None:
-        write_weights(place / "model.safetensors", model.weights() if weights is None else weights, dtype)
-        extra = model.conditioner.files() if model.conditioner is not None else {}
+        write_weights(place / "model.safetensors", kept, dtype)
+        extra = model.files()
         for name, data in extra.items():
             (place / name).write_bytes(data)
         said = {"format": FORMAT, "version": VERSION, **model.spec, "facts": dict(facts), "files": sorted(extra)}
@@ -63,14 +69,19 @@ def load_model(
     trust: bool = False,
     device: torch.device | None = None,
     matrices: torch.dtype | None = None,
+    text_device: torch.device | None = None,
 ) -> Model:
-    """The model of a directory, in evaluation mode. CheckpointError for anything that is missing, altered or unfit.
+    """The model of a directory, in evaluation mode. CheckpointError for anything that is missing, altered or unfit, and
+    for an autoencoder alone.
 
     trust: also run code that the description names and that is neither ours nor in the current directory.
-    device, matrices: see `sfumato.io.fill.fill_weights`.
+    device, matrices, text_device: see `sfumato.io.fill.fill_weights`.
     """
     folder = Path(folder)
     said = read_description(folder)
+    if _is_alone(said):
+        fix = f"model.codec={{kind: latents, weights: {folder}}} trains a model in its latents"
+        raise CheckpointError("this is an autoencoder, which draws nothing", where=str(folder), seen="no net", fix=fix)
     files.verify(folder)
     targets = list(_targets([said[key] for key in SPEC]))
     if not trust and (foreign := [target for target in targets if not _own(target, folder)]):
@@ -88,12 +99,38 @@ def load_model(
         empty = contextlib.nullcontext() if targets else unfilled()
         with torch.random.fork_rng(devices=[]), empty:  # what is initialised is overwritten: the caller's draws stay
             model = build_model({key: said[key] for key in SPEC}, files=_kept(folder, said["files"]))
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         seen = f"{type(error).__name__}: {error}"
         raise CheckpointError("model.json describes no model", where=str(folder / "model.json"), seen=seen) from error
-    fill_weights(model, read_weights(folder / "model.safetensors"), str(folder), device, matrices)
+    fill_weights(model, read_weights(folder / "model.safetensors"), str(folder), device, matrices, text_device)
     model.facts = said["facts"]
     return model.eval().requires_grad_(False)
+
+
+def load_autoencoder(folder: Path) -> AutoencoderModel | None:
+    """The autoencoder of a directory that holds one alone, in evaluation mode; None for other models. CheckpointError
+    for anything that is missing, altered or unfit.
+    """
+    said = read_description(folder)
+    if not _is_alone(said):
+        return None
+    files.verify(folder)
+    slot, where = said["model"].get("codec"), str(Path(folder) / "model.json")
+    if not isinstance(slot, dict) or slot.get("kind") != "latents":
+        raise CheckpointError("model.json describes no autoencoder of ours", where=where, seen=str(slot))
+    try:
+        with torch.random.fork_rng(devices=[]), unfilled():
+            model = build_autoencoder({key: said[key] for key in SPEC})
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError("model.json describes no autoencoder", where=where, seen=str(error)) from error
+    fill_weights(model, read_weights(Path(folder) / "model.safetensors"), str(folder))
+    model.facts = said["facts"]
+    return model.eval().requires_grad_(False)
+
+
+def _is_alone(said: Mapping[str, Any]) -> bool:
+    """Whether a description is of an autoencoder without a network."""
+    return "net" in said["model"] and said["model"]["net"] is None
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -125,26 +162,47 @@ def read_description(folder: Path) -> dict[str, Any]:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file."""
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
+        return tensors_of(path)
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError("weights cannot be read", where=str(path), seen=str(error)) from None
 
 
-def write_weights(path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
+def write_weights(
+    path: Path,
+    weights: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """A safetensors file of some tensors, with the mode that other files have. OSError where there is no room for it.
 
-    dtype: what those of floating point are stored as; None keeps theirs.
+    dtype: what those of floating point are stored as; None keeps theirs. metadata: for its header.
     """
     path.touch()
     mode = path.stat().st_mode
     try:
-        save_file(_stored(weights, dtype), path, {"format": "pt"})
+        save_file(_stored(weights, dtype), path, {"format": "pt", **(metadata or {})})
     except SafetensorError as error:
         said = re.search(r"os error (\d+)", str(error))
         if said is None:
             raise
         raise OSError(int(said[1]), os.strerror(int(said[1])), str(path)) from error
+    if metadata:
+        _order_header(path)
     path.chmod(mode)  # the library's own files are for their owner alone
+
+
+def _order_header(path: Path) -> None:
+    """Puts what the header says into the order of its names: the library writes it in a random one, and the same
+    weights are to be the same bytes.
+    """
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        said = json.loads(file.read(size))
+        said["__metadata__"] = dict(sorted(said["__metadata__"].items()))
+        text = json.dumps(said, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def _stored(weights: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:

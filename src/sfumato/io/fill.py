@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import CheckpointError
-from sfumato.model import Model
+from sfumato.io.keymap import some
+from sfumato.model import Trainable
 
 HALVED = ("net.", "conditioner.")  # parts that run in half precision
 
@@ -35,18 +36,18 @@ def unfilled() -> Iterator[None]:
 
 
 def fill_weights(
-    model: Model,
+    model: Trainable,
     weights: dict[str, Tensor],
     where: str,
     device: torch.device | None = None,
     matrices: torch.dtype | None = None,
+    text_device: torch.device | None = None,
 ) -> None:
     """Moves weights into a model; every name and shape must fit, and all that do not are named at once.
 
-    Each parameter gets memory of its own, aligned as torch aligns it: a tensor in a mapped file is not, which would
-    change the last bits of products, and the file may go. `weights` is emptied on the way, so that no more than one
-    tensor is there twice. device: where to; as they are, if
-    not said. matrices: what the network's and the conditioner's weights of two axes or more are kept as; the rest
+    `weights` is emptied on the way, so that no more than one tensor is there twice. device: where to; as they are, if
+    not said. text_device: where the conditioner's go, if elsewhere.
+    matrices: what the network's and the conditioner's weights of two axes or more are kept as; the rest
     (biases, norms) is small and wants precision, and so do autoencoders.
     """
     own = model.weights()
@@ -59,6 +60,9 @@ def fill_weights(
         raise CheckpointError(
             f"weights do not fit the model in {len(faults)} places", where=where, seen="; ".join(sorted(faults))
         )
+    if bad := [name for name in own if not bool(torch.isfinite(weights[name]).all())]:
+        fix = "an earlier checkpoint, or another file"
+        raise CheckpointError(f"{len(bad)} weights are not finite numbers", where=where, seen=some(bad), fix=fix)
     made: dict[int, nn.Parameter] = {}  # tied parameters stay tied
     with torch.no_grad():
         for holder, slot, name in _slots(model):
@@ -72,11 +76,12 @@ def fill_weights(
                 value = weights.pop(name)
                 halved = matrices is not None and old.ndim > 1 and old.is_floating_point() and name.startswith(HALVED)
                 kind = matrices if halved else old.dtype
-                value = value.to(device or value.device, kind, copy=True)
+                place = (text_device if name.startswith("conditioner.") else None) or device or value.device
+                value = value.to(place, kind)
                 holder[slot] = made[id(old)] = nn.Parameter(value, requires_grad=old.requires_grad)
 
 
-def _slots(model: Model) -> Iterator[tuple[dict[str, Any], str, str]]:
+def _slots(model: Trainable) -> Iterator[tuple[dict[str, Any], str, str]]:
     """Where each weight of a model lies: a module's table, the key in it, and the name it is stored under."""
     for part_name, part in model.parts().items():
         for prefix, module in part.named_modules(prefix=part_name, remove_duplicate=False):

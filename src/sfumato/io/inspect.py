@@ -17,17 +17,23 @@ from safetensors import SafetensorError, safe_open
 from sfumato.errors import CheckpointError
 from sfumato.io.directory import read_description
 from sfumato.io.family import families
-from sfumato.io.parts import INDEX
+from sfumato.io.parts import INDEX, part_of
 from sfumato.io.pretrained import FILES, PICKLES, read_json, read_state
 
 KINDS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "F64": "fp64", "F8_E4M3": "fp8", "F8_E5M2": "fp8"}
 PARTS = {  # of single files: what a part is called, by the beginnings of its names
-    "network": ("model.diffusion_model.", "double_blocks.", "joint_blocks.", "blocks.", "input_blocks."),
+    "network": (
+        *("model.diffusion_model.", "joint_blocks.", "blocks.", "input_blocks."),
+        *("double_blocks.", "single_blocks.", "img_in.", "txt_in.", "time_in.", "vector_in.", "guidance_in."),
+        *("final_layer.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out."),
+    ),
     "autoencoder": ("first_stage_model.", "vae."),
     "text encoder": ("cond_stage_model.", "conditioner.embedders.", "text_encoders."),
     "control": ("control_model.",),
     "average of the network": ("model_ema.",),
 }
+
+PIXELS = ("ddpm",)  # families whose files are whole with a network alone
 
 
 @dataclass(frozen=True)
@@ -121,13 +127,15 @@ def _diffusers(folder: Path) -> dict[str, Any]:
     kind = str(index.get("_class_name"))
     known = {name: family for family, found in families().items() for name in found.pipelines}
     wanted = [name for name, said in index.items() if isinstance(said, list) and any(said)]
-    missing = [name for name in wanted if not (folder / name).is_dir()]
+    within = {name: part_of(folder, name) for name in wanted}  # of a network alone, in the folder itself
+    alone = (folder / "config.json").is_file()
+    missing = [name for name, place in within.items() if place == folder and not alone]
     parts = {
-        name: {"class": index[name][1], **_part(folder / name)}
+        name: {"class": index[name][1], **_part(within[name])}
         for name in wanted
         if name not in missing and name != "scheduler" and not name.startswith(("tokenizer", "feature_extractor"))
     }
-    scheduler = folder / "scheduler" / "scheduler_config.json"
+    scheduler = part_of(folder, "scheduler") / "scheduler_config.json"
     told = read_json(scheduler) if scheduler.is_file() else {}
     flows = "FlowMatch" in str(told.get("_class_name"))
     return {
@@ -172,7 +180,8 @@ def _file(file: Path) -> dict[str, Any]:
         kind, parts = "autoencoder", {"autoencoder": found}
     elif not family and any("zero_convs" in name or "controlnet_" in name for name in found.shapes):
         kind, parts = "ControlNet", {"control": found}
-    missing = [name for name in ("autoencoder", "text encoder") if family and name not in parts]
+    others = ("autoencoder", "text encoder") if family and family not in PIXELS else ()
+    missing = [name for name in others if name not in parts]
     return {
         "kind": kind,
         "family": family,

@@ -14,15 +14,17 @@ from torch import Tensor
 
 from sfumato import text
 from sfumato.codecs import Latents
+from sfumato.conditioners import Conditioner, Joined
 from sfumato.errors import CheckpointError, ConfigError
+from sfumato.image_conditions import Hint, Inpainting
 from sfumato.io.directory import write_weights
-from sfumato.io.families import autoencoder
+from sfumato.io.families import autoencoder, encoders
 from sfumato.io.keymap import DIFFUSERS, OURS, renamed
 from sfumato.io.pretrained import codec_from, read_json, read_state
 from sfumato.model import Model
-from sfumato.names import sampler_named
+from sfumato.names import sampler_named, spelled_out
 from sfumato.paths import Tabulated
-from sfumato.text import Text, Texts, files_of
+from sfumato.text import Text, Texts
 
 INDEX = "model_index.json"
 OWN = "sfumato.json"  # what a folder of diffusers has no place for, where this library wrote it
@@ -59,6 +61,11 @@ def read_own(folder: Path) -> dict[str, Any]:
     return read_json(folder / OWN) if (folder / OWN).is_file() else {}
 
 
+def part_of(folder: Path, name: str) -> Path:
+    """Where a part of a folder of diffusers lies: below it, or as in Google's DDPMs in the folder itself."""
+    return folder / name if (folder / name).is_dir() else folder
+
+
 def facts_of(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
     """Where a folder of diffusers is from."""
     return {"from": str(index.get("_name_or_path") or folder.name), "pipeline": str(index.get("_class_name"))}
@@ -69,11 +76,13 @@ def facts_of(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_table(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any]]:
     """Of the scheduler in a folder: the slot of the path, the prediction, and the recommended sampler and grid."""
-    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    config = read_json(part_of(folder, "scheduler") / "scheduler_config.json")
     return _table(config, folder), _prediction(config, folder), recommended(config)
 
 
 def _table(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    if given := config.get("trained_betas"):
+        return {"kind": "tabulated", "betas": [float(beta) for beta in given]}
     betas = str(config.get("beta_schedule", "linear"))
     if betas not in SCHEDULES:
         raise CheckpointError("betas that are not known here", where=str(folder), seen=betas, fix=", ".join(SCHEDULES))
@@ -101,23 +110,79 @@ def recommended(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"sampler": sampler, "grid": grid}
 
 
-def write_table(place: Path, path: Tabulated, prediction: str) -> None:
-    """The scheduler of a table of betas. ConfigError where diffusers has none like it."""
+def scheduler_of(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """The scheduler of diffusers that samples a table as is recommended, as far as it has one; DDIM's else.
+
+    What is said is the class and the options of its own, among them the spacing of its times.
+    """
+    sampler, grid = slots_of(sampling)
+    kind = grid.get("kind")
+    spacing: dict[str, Any] = {"steps_offset": int(grid.get("offset", 0)) if kind == "leading" else 1}
+    spacing["timestep_spacing"] = kind if kind in ("linspace", "trailing") else "leading"
+    if sampler.get("kind") == "dpmpp_2m":
+        spacing["steps_offset"] = 0
+        return {
+            "_class_name": "DPMSolverMultistepScheduler",
+            "algorithm_type": "dpmsolver" if sampler.get("of") == "noise" else "dpmsolver++",
+            "lower_order_final": bool(sampler.get("lower_order_final", True)),
+            "solver_order": 2,
+            "solver_type": str(sampler.get("form", "midpoint")),
+            "use_karras_sigmas": kind == "karras",
+            **spacing,
+        }
+    return {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": True, **spacing}
+
+
+def scheduler_of_lcm(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """The scheduler of latent consistency models, with their boundary and the grid that they were distilled on."""
+    sampler, grid = slots_of(sampling)
+    return {
+        "_class_name": "LCMScheduler",
+        "clip_sample": False,
+        "original_inference_steps": int(grid.get("of", 50)),
+        "set_alpha_to_one": True,
+        "timestep_scaling": float(sampler.get("boundary") or 10.0),
+    }
+
+
+def slots_of(sampling: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """The sampler and the grid that are recommended, as slots of the catalogue."""
+    known = spelled_out({name: sampling[name] for name in ("sampler", "grid") if sampling.get(name)})
+    return slot_of(known.get("sampler")), slot_of(known.get("grid"))
+
+
+def slot_of(said: Any) -> Mapping[str, Any]:
+    """A slot, from a name or a mapping with `kind`."""
+    return said if isinstance(said, Mapping) else {"kind": said}
+
+
+def write_table(
+    place: Path,
+    path: Tabulated,
+    prediction: Any,
+    sampling: Mapping[str, Any] | None = None,
+    scheduler: Mapping[str, Any] | None = None,
+) -> None:
+    """The scheduler of a table of betas. ConfigError where diffusers has none like it.
+
+    prediction: its slot, a name or a mapping with `kind`, as what was trained here has it.
+    sampling: what the model recommends, as far as diffusers can say it; Stable Diffusion's way of DDIM if not said.
+    scheduler: the class and its options, where the family says them.
+    """
     theirs = {ours: name for name, ours in PREDICTIONS.items()}
     schedules = {ours: name for name, ours in SCHEDULES.items()}
-    if prediction not in theirs or path.betas not in schedules:
+    prediction = str(slot_of(prediction)["kind"])
+    given = {"trained_betas": list(path.betas)} if isinstance(path.betas, tuple) else {}
+    if prediction not in theirs or (path.betas not in schedules and not given):
         seen = f"prediction {prediction}, betas {path.betas}"
         raise ConfigError("diffusers' table-based schedulers have no such model", where="--to diffusers", seen=seen)
     said = {
-        "_class_name": "DDIMScheduler",
-        "beta_schedule": schedules[path.betas],
-        "clip_sample": False,
+        **(scheduler or scheduler_of(sampling or {})),
+        "beta_schedule": "linear" if isinstance(path.betas, tuple) else schedules[path.betas],
+        **given,
         "num_train_timesteps": path.steps,
         "prediction_type": theirs[prediction],
         "rescale_betas_zero_snr": path.zero_terminal_snr,
-        "set_alpha_to_one": True,
-        "steps_offset": 1,
-        "timestep_spacing": "leading",
     }
     ends = {"beta_start": path.start, "beta_end": path.end}
     said |= {name: value for name, value in ends.items() if value is not None}
@@ -147,6 +212,8 @@ def write_flow(place: Path, model: Model) -> None:
             "max_shift": float(slot.get("high", 1.15)),
             "use_dynamic_shifting": True,
             "shift": float(slot.get("by", 3.0)),
+            "shift_terminal": slot.get("terminal"),
+            "time_shift_type": str(slot.get("form", "exponential")),
         }
     else:
         said |= {"shift": float(slot.get("by", 3.0)) if slot.get("kind") == "shifted" else 1.0}
@@ -215,12 +282,61 @@ def read_text(folder: Path, parts: Sequence[str] = ("text_encoder",)) -> tuple[d
     state: dict[str, Tensor] = {}
     found: dict[str, bytes] = {}
     for i, part in enumerate(parts):
-        head = "conditioner.encoder." if len(parts) == 1 else f"conditioner.parts.{i}.encoder."
-        files = files_of(folder, part)
-        weights = text.read(folder, part, files, read_state(folder / part))
-        state |= {f"{head}{key}": value for key, value in weights.items()}
+        files = text.files_of(folder, part)
+        state |= _placed(text.read(folder, part, files, read_state(folder / part)), i, len(parts))
         found |= files
     return state, found
+
+
+def _placed(weights: Mapping[str, Tensor], i: int, n: int) -> dict[str, Tensor]:
+    """The weights of encoder i of n, by their names in a model."""
+    head = "conditioner.encoder." if n == 1 else f"conditioner.parts.{i}.encoder."
+    return {f"{head}{key}": value for key, value in weights.items()}
+
+
+def read_text_file(
+    state: Mapping[str, Tensor], places: Sequence[encoders.Place], folder: Path | None, where: str
+) -> tuple[dict[str, Tensor], dict[str, bytes]]:
+    """`read_text` of a single file: the weights from there, their tokenizers from a folder of diffusers.
+
+    places: see `sfumato.io.families.encoders`. An encoder that the file lacks is taken from the folder, too, and the
+    config of one that it has, if it is there. where: the file, for errors.
+    """
+    found: dict[str, Tensor] = {}
+    files: dict[str, bytes] = {}
+    for i, place in enumerate(places):
+        if folder is None:
+            what = "a single file has no tokenizer" if place.within(state) else "this file has no text encoder"
+            raise CheckpointError(what, where=where, seen=place.part, fix="--parts FOLDER, one of diffusers with it")
+        if not place.within(state):
+            weights, mine = read_text(folder, [place.part])
+            head = "conditioner.encoder."
+            found |= _placed({key.removeprefix(head): value for key, value in weights.items()}, i, len(places))
+            files |= mine
+            continue
+        config, weights = encoders.read(state, place, where)
+        found |= _placed(text.own_names(weights, place.kind), i, len(places))
+        told = folder / place.part / "config.json"  # knows the heads and the activation, which shapes do not tell
+        files[text.config_name(place.part)] = (
+            told.read_bytes() if told.is_file() else json.dumps(config, indent=2).encode()
+        )
+        try:
+            files |= text.tokenizer_files(folder, place.part)
+        except OSError as error:
+            raise CheckpointError("a tokenizer is missing", where=str(folder), seen=str(error)) from None
+    return found, files
+
+
+def text_for_file(conditioner: Text | Texts, places: Sequence[encoders.Place]) -> dict[str, Tensor]:
+    """The inverse: the weights of text encoders as an original file names them."""
+    found = [conditioner] if isinstance(conditioner, Text) else conditioner.texts
+    if [one.kind for one in found] != [place.kind for place in places]:
+        seen = ", ".join(one.kind for one in found)
+        raise ConfigError("the original file has other text encoders", where="--to single-file", seen=seen)
+    out: dict[str, Tensor] = {}
+    for one, place in zip(found, places, strict=True):
+        out |= encoders.write(text.published(one.encoder.state_dict(), one.kind), place)
+    return out
 
 
 def write_text(place: Path, conditioner: Text | Texts, dtype: torch.dtype) -> None:
@@ -231,6 +347,24 @@ def write_text(place: Path, conditioner: Text | Texts, dtype: torch.dtype) -> No
         for name, data in text.in_folder(one.files(), one.part).items():
             (place / name).parent.mkdir(exist_ok=True)
             (place / name).write_bytes(data)
+
+
+def join_text(
+    text: dict[str, Any], state: Mapping[str, Tensor], files: Mapping[str, bytes], other: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, bytes]]:
+    """A prompt's conditioner joined with another that has no weights: the slot, the weights, the files."""
+    head = "conditioner."
+    moved = {f"{head}parts.0.{key.removeprefix(head)}": value for key, value in state.items()}
+    slot = {"kind": "joined", "parts": [text, dict(other)]}
+    return slot, moved, {f"0.{name}": data for name, data in files.items()}
+
+
+def text_of(conditioner: Conditioner | None) -> Text | None:
+    """The text encoder of a model that is told a prompt, alone or joined with pictures."""
+    if isinstance(conditioner, Joined) and len(conditioner.parts) == 2:
+        first, other = conditioner.parts
+        return first if isinstance(first, Text) and isinstance(other, (Inpainting, Hint)) else None
+    return conditioner if isinstance(conditioner, Text) else None
 
 
 def tokenizer_length(folder: Path, part: str = "tokenizer") -> int:

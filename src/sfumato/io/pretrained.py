@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import CheckpointError, ConfigError
-from sfumato.io.directory import read_weights
-from sfumato.io.families import autoencoder
+from sfumato.files import verify
+from sfumato.io.directory import read_description, read_weights
+from sfumato.io.families import autoencoder, taesd
 from sfumato.io.keymap import DIFFUSERS, OURS, renamed, some
 
 NAMES = ("diffusion_pytorch_model", "model")  # of weights in a folder, before .safetensors and the like
-LATENTS = "latents"  # the kind of codec that is read here
+LATENTS, TINY = "latents", "tiny_latents"  # the kinds of codec that are read here
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 FILES = (*PICKLES, ".safetensors", ".sft")  # of weights
 
@@ -94,31 +95,51 @@ def read_json(path: Path) -> dict[str, Any]:
 def codec_from(slot: Any) -> tuple[Any, dict[str, Tensor]]:
     """A codec's slot whose `weights` are read: the slot with what they tell and without them, and the codec's state.
 
-    What the slot says itself (a scale, a tile) stays. The path is a folder `vae` of diffusers, the folder above it, or
-    a file that holds an autoencoder, alone or in a whole model. The slot of another codec comes back as it is.
+    What the slot says itself (a scale, a tile) stays. The path is a folder `vae` of diffusers, the folder above it,
+    a file that holds an autoencoder, alone or in a whole model, or a run or model directory of this library, of an
+    autoencoder or of what was trained in its latents. The slot of another codec comes back as it is.
     ConfigError for latents without `weights`: an autoencoder of random weights is of no use to anybody.
     """
-    if slot == LATENTS:
-        slot = {"kind": LATENTS}
-    if not isinstance(slot, Mapping) or slot.get("kind") != LATENTS:
+    if slot in (LATENTS, TINY):
+        slot = {"kind": slot}
+    if not isinstance(slot, Mapping) or slot.get("kind") not in (LATENTS, TINY):
         return slot, {}
     if slot.get("weights") is None:
         fix = "model.codec.weights=PATH, a folder of diffusers or a file"
         raise ConfigError("latents need an autoencoder", where="model.codec.weights", seen="nothing", fix=fix)
     path = Path(str(slot["weights"])).expanduser()
+    rest = {key: value for key, value in slot.items() if key != "weights"}
+    if slot["kind"] == TINY:
+        found, state = _tiny(path)
+        return {**found, **rest}, state
+    for place in (path, path / "model"):
+        if (place / "model.json").is_file():
+            found, state = _of_ours(place)
+            return {**found, **rest}, state
     if (path / "vae").is_dir():
         path = path / "vae"
-    state = read_state(path)
-    prefix = next((one for one in autoencoder.PREFIXES if any(key.startswith(f"{one}decoder.") for key in state)), "")
-    state = {key.removeprefix(prefix): value.float() for key, value in state.items() if key.startswith(prefix)}
-    layout = autoencoder.layout_of(list(state), str(path))
-    if layout == DIFFUSERS:
-        state = autoencoder.modern(state)
     config = path / "config.json"
-    told = read_json(config) if config.is_file() else {}
-    shape = autoencoder.config_of(state, layout, str(path), int(told.get("norm_num_groups", 32)))
-    state = renamed(state, autoencoder.lines(shape), layout, OURS, str(path))
+    found, state = codec_of(read_state(path), str(path), read_json(config) if config.is_file() else {})
+    return {**found, **rest}, state
+
+
+def codec_of(
+    state: Mapping[str, Tensor], where: str, told: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The slot and the codec's state of the autoencoder among some tensors, alone or within a whole model.
+
+    where: the file, for errors. told: diffusers' config of it, for what shapes do not tell.
+    """
+    told = told or {}
+    prefix = next((one for one in autoencoder.PREFIXES if any(key.startswith(f"{one}decoder.") for key in state)), "")
+    own = {key.removeprefix(prefix): value.float() for key, value in state.items() if key.startswith(prefix)}
+    layout = autoencoder.layout_of(list(own), where)
+    if layout == DIFFUSERS:
+        own = autoencoder.modern(own)
+    shape = autoencoder.config_of(own, layout, where, int(told.get("norm_num_groups", 32)))
+    own = renamed(own, autoencoder.lines(shape), layout, OURS, where)
     found: dict[str, Any] = {
+        "kind": LATENTS,
         "latent": shape.latent,
         "channels": list(shape.channels),
         "blocks": shape.blocks,
@@ -126,12 +147,41 @@ def codec_from(slot: Any) -> tuple[Any, dict[str, Tensor]]:
         "attention": shape.attention,
         "quant": shape.quant,
     }
-    if told.get("scaling_factor") is not None:
-        found["scale"] = float(told["scaling_factor"])
-    if told.get("shift_factor") is not None:
-        found["shift"] = float(told["shift_factor"])
-    rest = {key: value for key, value in slot.items() if key != "weights"}
-    return {**found, **rest}, {f"autoencoder.{key}": value for key, value in state.items()}
+    for ours, theirs in (("scale", "scaling_factor"), ("shift", "shift_factor")):
+        if told.get(theirs) is not None:
+            found[ours] = float(told[theirs])
+    return found, {f"autoencoder.{key}": value for key, value in own.items()}
+
+
+def _tiny(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a tiny autoencoder's weights tell of its slot, and its state: of a folder, a file, or a pair of files."""
+    if path.is_file() and "_encoder" in path.name:
+        other = path.with_name(path.name.replace("_encoder", "_decoder"))
+        state = taesd.halves(read_state(path), "encoder") | taesd.halves(read_state(other), "decoder")
+    else:
+        state = read_state(path / "vae" if (path / "vae").is_dir() else path)
+    state = {key: value.float() for key, value in state.items()}
+    layout = taesd.layout_of(state, str(path))
+    shape = taesd.config_of(state, layout, str(path))
+    state = renamed(state, taesd.lines(shape), layout, OURS, str(path))
+    config = path / "config.json"
+    told = read_json(config) if config.is_file() else {}
+    found: dict[str, Any] = {"latent": shape.latent, "width": shape.width}
+    found |= {"encoder": list(shape.encoder), "decoder": list(shape.decoder)}
+    for ours, theirs in (("scale", "scaling_factor"), ("shift", "shift_factor")):
+        if told.get(theirs) is not None:
+            found[ours] = float(told[theirs])
+    return found, {f"autoencoder.{key}": value for key, value in state.items()}
+
+
+def _of_ours(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The codec's slot and state in a model directory of this library. CheckpointError where its codec is another."""
+    slot = read_description(folder)["model"].get("codec")
+    if not isinstance(slot, dict) or slot.get("kind") != LATENTS:
+        raise CheckpointError("this model has no autoencoder", where=str(folder), seen=f"codec {slot}")
+    verify(folder)
+    state = read_weights(folder / "model.safetensors")
+    return dict(slot), {key.removeprefix("codec."): one for key, one in state.items() if key.startswith("codec.")}
 
 
 def fill_codec(codec: object, state: Mapping[str, Tensor]) -> None:

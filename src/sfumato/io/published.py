@@ -11,12 +11,13 @@ import torch
 from sfumato import files
 from sfumato.errors import CheckpointError, ConfigError, nearest
 from sfumato.io.directory import write_weights
+from sfumato.io.families import autoencoder
 from sfumato.io.family import Family, Published, families
 from sfumato.io.fill import fill_weights, unfilled
-from sfumato.io.keymap import some
-from sfumato.io.parts import INDEX, read_own
+from sfumato.io.keymap import ORIGINAL, OURS, renamed, some
+from sfumato.io.parts import INDEX, read_own, write_vae
 from sfumato.io.pretrained import FILES, read_json, read_state
-from sfumato.model import Model, build_model
+from sfumato.model import AutoencoderModel, Model, Trainable, build_model
 
 
 def is_published(path: Path) -> bool:
@@ -30,18 +31,19 @@ def load_published(
     *,
     device: torch.device | None = None,
     matrices: torch.dtype | None = None,
+    text_device: torch.device | None = None,
 ) -> Model:
     """The model of a folder of diffusers, or of an original file, in evaluation mode.
 
     parts: a folder of diffusers with what a single file has not: a tokenizer, say. CheckpointError for what is missing
-    or not known. device, matrices: see `sfumato.io.fill.fill_weights`.
+    or not known. device, matrices, text_device: see `sfumato.io.fill.fill_weights`.
     """
     path = Path(path)
     found = _file(path, parts) if path.is_file() else _folder(path)
     spec = {"model": found.section, "size": found.size, "sampling": found.sampling}
     with torch.random.fork_rng(devices=[]), unfilled():
         model = build_model(spec, files=found.files)
-    fill_weights(model, found.state, str(path), device, matrices)
+    fill_weights(model, found.state, str(path), device, matrices, text_device)
     model.facts = found.facts
     return model.eval().requires_grad_(False)
 
@@ -69,15 +71,26 @@ def _file(file: Path, parts: Path | None) -> Published:
     )
 
 
-def save_published(folder: Path, model: Model, *, dtype: torch.dtype = torch.float32) -> None:
-    """Writes a folder of diffusers, whole or not at all. ConfigError for models that have no such form."""
-    family = _owner(model, "diffusers")
-    files.publish(Path(folder), lambda place: family.write_folder(place, model, dtype))
+def save_published(folder: Path, model: Trainable, *, dtype: torch.dtype = torch.float32) -> None:
+    """Writes a folder of diffusers, whole or not at all; of an autoencoder alone its part `vae`. ConfigError for models
+    that have no such form.
+    """
+    if isinstance(model, AutoencoderModel):
+        codec = model.codec
+        files.publish(Path(folder), lambda place: write_vae(place, codec, dtype))
+        return
+    family, whole = _owner(model, "diffusers")
+    files.publish(Path(folder), lambda place: family.write_folder(place, whole, dtype))
 
 
-def save_file(file: Path, model: Model, *, dtype: torch.dtype = torch.float32) -> None:
+def save_file(file: Path, model: Trainable, *, dtype: torch.dtype = torch.float32) -> None:
     """Writes the original's single file, whole or not at all. ConfigError for models that have no such form."""
-    weights = _owner(model, "single-file").write_file(model)
+    if isinstance(model, AutoencoderModel):
+        own, lines = model.codec.autoencoder.state_dict(), autoencoder.lines(model.codec.autoencoder.config)
+        weights = renamed(own, lines, OURS, ORIGINAL, str(file))
+    else:
+        family, whole = _owner(model, "single-file")
+        weights = family.write_file(whole)
     partial = Path(file).with_name(f".{Path(file).name}.partial")
     try:
         write_weights(partial, weights, dtype)
@@ -86,10 +99,11 @@ def save_file(file: Path, model: Model, *, dtype: torch.dtype = torch.float32) -
         partial.unlink(missing_ok=True)
 
 
-def _owner(model: Model, layout: str) -> Family:
+def _owner(model: Trainable, layout: str) -> tuple[Family, Model]:
+    assert isinstance(model, Model)  # an autoencoder belongs to all of them
     for family in families().values():
         if family.owns(model):
-            return family
+            return family, model
     parts = (model.net, model.codec, model.conditioner, model.denoiser.path)
     seen = ", ".join(type(part).__name__ for part in parts)
     raise ConfigError("this model is of no published family", where=f"--to {layout}", seen=seen, fix="--to sfumato")

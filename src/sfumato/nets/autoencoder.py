@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.errors import ConfigError
-from sfumato.nets.layers import attended
+from sfumato.nets.layers import attended, through
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,20 @@ class Autoencoder(nn.Module):
         self.quant = nn.Conv2d(2 * config.latent, 2 * config.latent, 1) if config.quant else nn.Identity()
         self.post_quant = nn.Conv2d(config.latent, config.latent, 1) if config.quant else nn.Identity()
 
+    @property
+    def checkpointing(self) -> bool:
+        """Whether activations are made anew in the backward pass, level by level."""
+        return self.encoder.checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, recompute: bool) -> None:
+        self.encoder.checkpointing = self.decoder.checkpointing = recompute
+
+    @property
+    def last(self) -> Tensor:
+        """The weight of the decoder's last layer, by which adversaries are weighed."""
+        return self.decoder.exit.weight
+
     def encode(self, images: Tensor) -> Posterior:
         mean, logvar = self.quant(self.encoder(images)).chunk(2, 1)
         return Posterior(mean, logvar.clamp(-30, 20))
@@ -94,6 +108,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
+        self.checkpointing = False
         widths, groups = config.channels, config.groups
         self.entry = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.levels = nn.ModuleList()
@@ -108,8 +123,8 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         h = self.entry(images)
         for level in self.levels:
-            h = level(h)
-        out: Tensor = self.exit(F.silu(self.norm(self.middle(h))))
+            h = through(level, self.checkpointing, h)
+        out: Tensor = self.exit(F.silu(self.norm(through(self.middle, self.checkpointing, h))))
         return out
 
 
@@ -118,6 +133,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
+        self.checkpointing = False
         widths, groups = config.channels[::-1], config.groups
         self.entry = nn.Conv2d(config.latent, widths[0], 3, padding=1)
         self.middle = Middle(widths[0], groups, config.attention)
@@ -130,9 +146,9 @@ class Decoder(nn.Module):
         self.exit = nn.Conv2d(widths[-1], config.in_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        h = self.middle(self.entry(z))
+        h = through(self.middle, self.checkpointing, self.entry(z))
         for level in self.levels:
-            h = level(h)
+            h = through(level, self.checkpointing, h)
         out: Tensor = self.exit(F.silu(self.norm(h)))
         return out
 

@@ -3,8 +3,8 @@
 Each block's shift, scale and gate come from the sum of the time's, the label's and the pooled prompt's embeddings;
 gates start at zero, so a fresh network's attention and feed-forward layers leave its residual stream as it is
 (adaLN-Zero). Text comes in by `text="joint"`: its tokens run in the same sequence as the patches, as in U-ViT (Bao et
-al. 2023), or by `text="cross"`: a cross-attention in every block, as in PixArt-alpha. `skips` adds U-ViT's long
-connections.
+al. 2023), or by `text="cross"`: a cross-attention in every block. `skips` adds U-ViT's long connections. With
+cross-attention, `adaln="shared"` and `span` it is PixArt-alpha and PixArt-Sigma (Chen et al. 2023, 2024).
 """
 
 from collections.abc import Iterable
@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.errors import ConfigError
@@ -27,6 +28,9 @@ class DiTConfig:
     tokens and of its summary, 0 for none. out_channels: in_channels unless said.
     adaln: "block" has each block compute its own modulation; "shared" computes it once, with an offset learned a
     block (PixArt-alpha's adaLN-single), which saves a third of the weights.
+    span: positions run evenly from 0 up to it along both axes, whatever the size; 0 lets neighbours stand 1 apart.
+    unsaid: words of a learned caption that stands for one of which no word counts; 0 for none. sizes: is told the
+    picture's height, width and their ratio, so that it can be trained on small pictures without imitating them.
     local: a 3x3 depthwise convolution over the patches before each attention (Chu et al. 2021): neighbours are known
     from the first step on, not learned, which small data and short training reward. activation: see `FeedForward`.
     """
@@ -50,27 +54,44 @@ class DiTConfig:
     local: bool = False
     activation: Literal["gelu", "relu2"] = "gelu"
     dropout: float = 0.0
+    span: float = 0.0
+    unsaid: int = 0
+    sizes: bool = False
 
 
+_XL = DiTConfig(dim=1152, depth=28, heads=16)
+_PIXART = replace(_XL, in_channels=4, out_channels=8, context_dim=4096, text="cross", adaln="shared", span=32)
 PRESETS = {
     "S": DiTConfig(dim=384, depth=12, heads=6),
     "B": DiTConfig(dim=768, depth=12, heads=12),
     "L": DiTConfig(dim=1024, depth=24, heads=16),
-    "XL": DiTConfig(dim=1152, depth=28, heads=16),
+    "XL": _XL,
+    "pixart-256": replace(_PIXART, size=32),
+    "pixart-512": replace(_PIXART, size=64),
+    "pixart-1024": replace(_PIXART, size=128, sizes=True),
+    "pixart-sigma": replace(_PIXART, size=128),
+    "pixart-sigma-2048": replace(_PIXART, size=256),
 }
 
 
 def preset(name: str, **changes: object) -> DiTConfig:
-    """The paper's S, B, L or XL, with changes: `preset("B", patch=4, size=64)`. "B/4" says the patch too."""
+    """The paper's S, B, L or XL, with changes: `preset("B", patch=4, size=64)`; "B/4" says the patch too. PixArt's are
+    named by their pictures: "pixart-256", "pixart-1024", "pixart-sigma".
+    """
     size, _, patch = name.partition("/")
     if size not in PRESETS or not (patch.isdigit() or not patch):
-        raise ConfigError("no such DiT", where="preset", seen=name, fix="one of S, B, L, XL, or with a patch: B/2")
+        fix = f"one of {', '.join(PRESETS)}, or with a patch: B/2"
+        raise ConfigError("no such DiT", where="preset", seen=name, fix=fix)
     base = replace(PRESETS[size], patch=int(patch)) if patch else PRESETS[size]
     return replace(base, **changes)  # type: ignore[arg-type]
 
 
 class DiT(nn.Module):
-    """Pictures (B, C, H, W) and times (B,) to (B, out_channels, H, W); H and W are multiples of the patch."""
+    """Pictures (B, C, H, W) and times (B,) to (B, out_channels, H, W); H and W are multiples of the patch.
+
+    label: (B,). context: (B, words, context_dim); context_mask: (B, words) bool, True where a word counts. pooled:
+    (B, pooled_dim). sizes: (B, 3), height and width in pixels, and the one over the other.
+    """
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -81,12 +102,15 @@ class DiT(nn.Module):
         self.time = TimeEmbedding(dim)
         self.label = nn.Embedding(config.classes + 1, dim) if config.classes else None
         self.pooled = nn.Linear(config.pooled_dim, dim) if config.pooled_dim else None
-        self.context = nn.Linear(config.context_dim, dim) if config.context_dim else None
+        self.context = _captions(config) if config.context_dim else None
+        self.unsaid = _unsaid(config) if config.unsaid and config.context_dim else None
+        self.sizes = Sizes(dim) if config.sizes else None
         self.shared = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim)) if config.adaln == "shared" else None
         self.blocks: Iterable[Block] = nn.ModuleList(  # type: ignore[assignment]
             Block(config, skip=config.skips and i >= (config.depth + 1) // 2) for i in range(config.depth)
         )
-        self.head = Head(dim, area * (config.out_channels or config.in_channels))
+        out = area * (config.out_channels or config.in_channels)
+        self.head = Head(dim, out, shared=config.adaln == "shared")
         self._initialise()
 
     def forward(
@@ -98,15 +122,15 @@ class DiT(nn.Module):
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
         pooled: Tensor | None = None,
+        sizes: Tensor | None = None,
     ) -> Tensor:
         grid = self._grid(x)
-        tokens = self.patches(_folded(x, self.config.patch))
+        tokens = self.patches(folded(x, self.config.patch))
         rope = None
         if self.config.positions == "sincos":
-            tokens = tokens + sincos_2d(*grid, self.config.dim, x.device).to(tokens.dtype)
-        summary = self._summary(t, label, pooled)
-        words, before = self._words(context), 0
-        mask = context_mask if words is not None else None
+            tokens = tokens + positions(self.config, grid, x.device).to(tokens.dtype)
+        summary = self._summary(t, label, pooled, sizes)
+        (words, mask), before = self._words(context, context_mask), 0
         if words is not None and self.config.text == "joint":
             before = words.shape[1]
             tokens = torch.cat([words.to(tokens.dtype), tokens], 1)
@@ -114,7 +138,7 @@ class DiT(nn.Module):
         if self.config.positions == "rope":
             rope = rope_2d(*grid, self.config.dim // self.config.heads, before, device=x.device)
         tokens = self._through(tokens, summary, words, mask, rope, grid)[:, before:]
-        return _unfolded(self.head(tokens, summary), grid, self.config.patch)
+        return unfolded(self.head(tokens, summary), grid, self.config.patch)
 
     def _through(self, tokens: Tensor, summary: Tensor, *rest: object) -> Tensor:
         modulation = summary if self.shared is None else self.shared(summary)
@@ -126,20 +150,28 @@ class DiT(nn.Module):
                 kept.append(tokens)
         return tokens
 
-    def _summary(self, t: Tensor, label: Tensor | None, pooled: Tensor | None) -> Tensor:
+    def _summary(self, t: Tensor, label: Tensor | None, pooled: Tensor | None, sizes: Tensor | None) -> Tensor:
         summary: Tensor = self.time(t)
         if self.label is not None:
             none = torch.full_like(t, self.config.classes, dtype=torch.long) if label is None else label
             summary = summary + self.label(none)
         if self.pooled is not None and pooled is not None:
             summary = summary + self.pooled(pooled)
+        if self.sizes is not None and sizes is not None:
+            summary = summary + self.sizes(sizes)
         return summary
 
-    def _words(self, context: Tensor | None) -> Tensor | None:
+    def _words(self, context: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         if self.context is None or context is None:
-            return None
+            return None, None
+        if self.unsaid is not None and mask is not None:
+            missing = max(0, context.shape[1] - len(self.unsaid))
+            null = F.pad(self.unsaid, (0, 0, 0, missing))[: context.shape[1]].to(context.dtype)
+            silent = ~mask.any(1, keepdim=True)
+            context = torch.where(silent[..., None], null, context)
+            mask = mask | silent & (torch.arange(context.shape[1], device=mask.device) < len(self.unsaid))
         words: Tensor = self.context(context)
-        return words
+        return words, mask
 
     def _grid(self, x: Tensor) -> tuple[int, int]:
         height, width = x.shape[-2:]
@@ -155,9 +187,10 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for module in (*self.time.mlp, self.label):
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
+        embeddings = [self.time] if self.sizes is None else [self.time, self.sizes.side, self.sizes.ratio]
+        for layer in (*(layer for one in embeddings for layer in one.mlp), self.label):
+            if isinstance(layer, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(layer.weight, std=0.02)
         zeroed(self.head)
         for block in self.blocks:
             block.zero()
@@ -180,7 +213,7 @@ class Block(nn.Module):
         self.skip = nn.Linear(2 * dim, dim) if skip else None
         self.dropout = nn.Dropout(config.dropout)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim)) if config.adaln == "block" else None
-        self.offset = nn.Parameter(torch.zeros(6 * dim)) if config.adaln == "shared" else None
+        self.offset = nn.Parameter(torch.zeros(6, dim)) if config.adaln == "shared" else None
 
     def forward(
         self,
@@ -200,7 +233,7 @@ class Block(nn.Module):
             x = torch.cat([x[:, :before], x[:, before:] + self.local(patches).flatten(2).transpose(1, 2)], 1)
         six = summary if self.modulation is None else self.modulation(summary)
         if self.offset is not None:
-            six = six + self.offset
+            six = six + self.offset.flatten()
         shift1, scale1, gate1, shift2, scale2, gate2 = six.chunk(6, -1)
         seen = self.attention(modulated(self.norm1(x), shift1, scale1), mask=None if self.cross else mask, rope=rope)
         x = x + gate1[:, None] * self.dropout(seen)
@@ -217,29 +250,64 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """The last norm, adapted to the time, and the way back to pixels."""
+    """The last norm, adapted to the time, and the way back to pixels. shared: adapted by learned offsets alone."""
 
-    def __init__(self, dim: int, out: int) -> None:
+    def __init__(self, dim: int, out: int, shared: bool = False) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+        self.modulation = None if shared else nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+        self.offset = nn.Parameter(torch.zeros(2, dim)) if shared else None
         self.out = nn.Linear(dim, out)
 
     def forward(self, x: Tensor, summary: Tensor) -> Tensor:
-        shift, scale = self.modulation(summary).chunk(2, -1)
+        two = summary.repeat(1, 2) if self.modulation is None else self.modulation(summary)
+        if self.offset is not None:
+            two = two + self.offset.flatten()
+        shift, scale = two.chunk(2, -1)
         out: Tensor = self.out(modulated(self.norm(x), shift, scale))
         return out
 
 
-def _folded(x: Tensor, patch: int) -> Tensor:
+class Sizes(nn.Module):
+    """Heights, widths and their ratios (B, 3) to (B, dim), of which each has a third (PixArt-alpha, section 2.4)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.side, self.ratio = TimeEmbedding(dim // 3), TimeEmbedding(dim // 3)
+
+    def forward(self, sizes: Tensor) -> Tensor:
+        height, width, ratio = sizes.unbind(1)
+        return torch.cat([self.side(height), self.side(width), self.ratio(ratio)], 1)
+
+
+def positions(config: DiTConfig, grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
+    """Where the patches of a grid stand, (height * width, dim)."""
+    height, width = grid
+    step = (config.span / height, config.span / width) if config.span else 1.0
+    return sincos_2d(height, width, config.dim, device, step=step)
+
+
+def _captions(config: DiTConfig) -> nn.Module:
+    """From what the encoder says of each word to what the network reads."""
+    entry = nn.Linear(config.context_dim, config.dim)
+    if config.text == "joint":
+        return entry
+    return nn.Sequential(entry, nn.GELU(approximate="tanh"), nn.Linear(config.dim, config.dim))
+
+
+def _unsaid(config: DiTConfig) -> nn.Parameter:
+    return nn.Parameter(torch.randn(config.unsaid, config.context_dim) / config.context_dim**0.5)
+
+
+def folded(x: Tensor, patch: int) -> Tensor:
     """(B, C, H, W) to (B, H W / patch^2, C patch^2), channels first within a patch."""
     b, c, h, w = x.shape
     x = x.reshape(b, c, h // patch, patch, w // patch, patch)
     return x.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * patch * patch)
 
 
-def _unfolded(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
-    """The inverse of `_folded`."""
+def unfolded(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
+    """The inverse of `folded`."""
     h, w = grid
     x = tokens.reshape(len(tokens), h, w, -1, patch, patch)
     return x.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, h * patch, w * patch)
@@ -248,6 +316,13 @@ def _unfolded(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
 def _checked(config: DiTConfig) -> None:
     height, width = (config.size, config.size) if isinstance(config.size, int) else config.size
     where = "model.net"
+    if config.span and config.positions == "rope":
+        raise ConfigError("rotary positions have no span", where=f"{where}.span", seen="rope", fix=f"{where}.span=0")
+    if config.sizes and config.dim % 3:
+        seen = f"dim {config.dim}"
+        raise ConfigError(
+            "three numbers share the width evenly", where=f"{where}.sizes", seen=seen, fix="a multiple of 12"
+        )
     for name in ("patch", "dim", "depth", "heads", "in_channels"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name} is at least 1", where=f"{where}.{name}", seen=str(getattr(config, name)))

@@ -1,7 +1,7 @@
 """The parts that more than one network is made of: embeddings of time and place, attention, and feed-forward layers."""
 
 import math
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -10,17 +10,28 @@ from torch.utils.checkpoint import checkpoint
 
 # Whether the CPU multiplies bfloat16 numbers itself.
 BF16_ARITHMETIC: bool = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+SHORT = 128  # places up to which attention is cheap to keep
 
 
-def sinusoid(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+def sinusoid(
+    t: Tensor,
+    dim: int,
+    max_period: float = 10_000.0,
+    *,
+    sines_first: bool = False,
+    include_end: bool = False,
+) -> Tensor:
     """Sinusoidal embedding of numbers (B,) -> (B, dim): cosines, then sines, of geometrically falling frequency.
 
     In float32 at least: at t of about 1000 a bfloat16 is off by several units. Vaswani et al. 2017; Ho et al. 2020.
+    sines_first: the other order. include_end: the last frequency is 1 / max_period; else that would be the next one.
+    DDPM's own code has both.
     """
     half, t = dim // 2, t.to(torch.promote_types(t.dtype, torch.float32))
-    freqs = torch.exp(torch.arange(half, device=t.device, dtype=t.dtype) * (-math.log(max_period) / half))
-    angles = t[:, None] * freqs
-    return F.pad(torch.cat([angles.cos(), angles.sin()], -1), (0, dim % 2))
+    rate = -math.log(max_period) / (half - 1 if include_end else half)
+    angles = t[:, None] * torch.exp(torch.arange(half, device=t.device, dtype=t.dtype) * rate)
+    waves = [angles.sin(), angles.cos()] if sines_first else [angles.cos(), angles.sin()]
+    return F.pad(torch.cat(waves, -1), (0, dim % 2))
 
 
 class TimeEmbedding(nn.Module):
@@ -36,9 +47,21 @@ class TimeEmbedding(nn.Module):
         return out
 
 
-def sincos_2d(height: int, width: int, dim: int, device: torch.device | None = None) -> Tensor:
-    """Fixed positions (height * width, dim): half of the channels for the column, half for the row (MAE, DiT)."""
-    down, across = (_angles(length, dim // 4, 10_000.0, device) for length in (height, width))
+def sincos_2d(
+    height: int,
+    width: int,
+    dim: int,
+    device: torch.device | None = None,
+    *,
+    step: float | tuple[float, float] = 1.0,
+) -> Tensor:
+    """Fixed positions (height * width, dim): half of the channels for the column, half for the row (MAE, DiT).
+
+    step: how far apart neighbours stand, down and across.
+    """
+    steps = step if isinstance(step, tuple) else (step, step)
+    sides = zip((height, width), steps, strict=True)
+    down, across = (turns(length, dim // 4, 10_000.0, device) * by for length, by in sides)
     rows, columns = (torch.cat([angle.sin(), angle.cos()], 1).float() for angle in (down, across))
     return _in_plane(columns[None], rows[:, None], height, width)
 
@@ -51,13 +74,13 @@ def rope_2d(
     Half of the channel pairs turn with the row, half with the column; the `before` leading tokens (text) stay unturned.
     Su et al. 2021, axial as in EVA-02 and FLUX.
     """
-    down, across = (_angles(length, dim // 4, theta, device) for length in (height, width))
+    down, across = (turns(length, dim // 4, theta, device) for length in (height, width))
     angles = _in_plane(down[:, None], across[None], height, width)
     angles = torch.cat([angles.new_zeros(before, angles.shape[1]), angles])
     return angles.cos().float(), angles.sin().float()
 
 
-def _angles(length: int, count: int, period: float, device: torch.device | None) -> Tensor:
+def turns(length: int, count: int, period: float, device: torch.device | None) -> Tensor:
     """Each of `length` places times `count` falling frequencies, made where they are needed: copying would wait."""
     wide = torch.float32 if device is not None and device.type == "mps" else torch.float64  # Metal knows no float64
     freqs = period ** -(torch.arange(count, dtype=wide, device=device) / count)
@@ -123,11 +146,13 @@ def attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Ten
     """Softmax attention of (B, heads, L, dim) over (B, heads, M, dim); mask (B, M) is True where a key counts.
 
     Where no key counts, the answer is zero. In bfloat16 on a CPU that has such arithmetic, training with short
-    sequences, three plain operations stand for the fused kernel, whose backward pass is slow there; on a CPU without it
+    sequences, three plain operations stand for the fused kernel, whose backward pass is slow there (they keep the
+    attention itself for it, which long sequences have no memory for); on a CPU without it
     the fused kernel is as fast in float32 and twice as fast in bfloat16 (`benchmarks/attention.py` measures both).
     """
     learning = torch.is_grad_enabled() and q.requires_grad
-    if BF16_ARITHMETIC and q.dtype == torch.bfloat16 and q.device.type == "cpu" and k.shape[2] <= 256 and learning:
+    short = q.shape[2] * k.shape[2] <= SHORT**2
+    if BF16_ARITHMETIC and q.dtype == torch.bfloat16 and q.device.type == "cpu" and short and learning:
         return attended_plainly(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None])
 
@@ -181,13 +206,11 @@ def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def through(stage: nn.Module, recompute: bool, *given: object) -> Tensor:
+def through(stage: nn.Module, recompute: bool, *given: object) -> Any:
     """The stage's answer. recompute: its activations are made anew in the backward pass rather than kept."""
     if recompute and torch.is_grad_enabled():
-        out: Tensor = checkpoint(stage, *given, use_reentrant=False)
-        return out
-    out = stage(*given)
-    return out
+        return checkpoint(stage, *given, use_reentrant=False)
+    return stage(*given)
 
 
 def zeroed(module: Module) -> Module:

@@ -6,7 +6,6 @@ the pooled prompt and the picture's size and crop, to the time; latent consisten
 from nothing there is `sfumato.nets.unet`; this one is for checkpoints, and its layers are theirs one by one.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -105,7 +104,9 @@ class WayDown(nn.Module):
         """What residual blocks are told, (B, dim)."""
         embedded = sinusoid(t, self._shape.channels[0]).to(x.dtype)
         if self.guided is not None and guidance is not None:
-            embedded = embedded + self.guided(_of_guidance(guidance, self._shape.guidance_dim).to(x.dtype))
+            scaled = 1000 * guidance.float()
+            waves = sinusoid(scaled, self._shape.guidance_dim, sines_first=True, include_end=True)
+            embedded = embedded + self.guided(waves.to(x.dtype))
         summary: Tensor = self.time(embedded)
         if self.pooled is not None and pooled is not None:
             summary = summary + self.pooled(pooled)
@@ -182,14 +183,6 @@ class StableUNet(WayDown):
 
 def _mlp(width: int, dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, dim), nn.SiLU(), nn.Linear(dim, dim))
-
-
-def _of_guidance(weight: Tensor, dim: int) -> Tensor:
-    """The embedded guidance of latent consistency models: sines, then cosines, of 1000 times the weight."""
-    half = dim // 2
-    rates = torch.exp(torch.arange(half, device=weight.device).float() * (-math.log(10_000) / (half - 1)))
-    angles = 1000 * weight.float()[:, None] * rates
-    return F.pad(torch.cat([angles.sin(), angles.cos()], 1), (0, dim % 2))
 
 
 class Stage(nn.Module):

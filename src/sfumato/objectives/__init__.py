@@ -1,5 +1,8 @@
-"""What training minimises. An objective takes a denoiser, data and conditions, and gives a `Loss`."""
+"""What training minimises. An objective takes what learns (a denoiser, or an autoencoder and its adversary), data and
+conditions, and gives a `Loss`.
+"""
 
+from sfumato.objectives.autoencoding import Autoencoding
 from sfumato.objectives.denoising import Denoising, Loss, Objective
 
-__all__ = ["Denoising", "Loss", "Objective"]
+__all__ = ["Autoencoding", "Denoising", "Loss", "Objective"]

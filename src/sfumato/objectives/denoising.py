@@ -5,7 +5,9 @@ error is averaged over each sample and weighted. A weight is stated for the erro
 because at fixed x_t the errors of two predictions differ by a known gain, it applies to every network alike.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import torch
@@ -19,11 +21,14 @@ from sfumato.times import Density, Uniform, log_snr_rate
 
 
 class Loss(NamedTuple):
-    """value (): what is minimised. each (B,): the unweighted errors, detached, for the loss by noise level. t (B,)."""
+    """value (): what is minimised. each (B,): the unweighted errors, detached, for the loss by noise level. t (B,), or
+    None where nothing was noised. parts: terms of the value that are worth a line of their own, () and detached.
+    """
 
     value: Tensor
     each: Tensor
-    t: Tensor
+    t: Tensor | None
+    parts: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Objective(Protocol):

@@ -14,21 +14,30 @@ from torch import Tensor
 
 from sfumato.errors import ConfigError
 from sfumato.paths import Path, Tabulated
-from sfumato.samplers.core import Ask, Draw, Move, Running, Table
+from sfumato.samplers.core import Ask, Draw, Move, Running, Table, check_clip
 from sfumato.samplers.plan import checked_choice
 
 To = Literal["endpoint", "x0"]
 
 
 def consistency(
-    path: Path, x: Tensor, times: Tensor, *, eta: float = 1.0, sigma_min: float = 0.0, to: To = "endpoint"
+    path: Path,
+    x: Tensor,
+    times: Tensor,
+    *,
+    eta: float = 1.0,
+    sigma_min: float = 0.0,
+    clip: float | None = None,
+    to: To = "endpoint",
 ) -> Running:
     """Multistep consistency sampling. The last jump is the result.
 
     eta: how much of the noise is drawn anew: 1 is the paper's, 0 keeps the noise that x holds.
     sigma_min: the noise level (sigma / alpha) at which the model's jumps end, 0.002 for the published ones: what is
-    drawn is that much less. to: "x0" takes an ordinary denoiser's mean for the end.
+    drawn is that much less. clip: clamp ends to [-clip, clip], as the published models of pixels do.
+    to: "x0" takes an ordinary denoiser's mean for the end.
     """
+    check_clip(clip)
     if not 0 <= sigma_min < math.inf:
         raise ConfigError("jumps end at a noise level", where="sampler.sigma_min", seen=f"{sigma_min:g}", fix="0.002")
     table = Table.of(path, times)
@@ -36,7 +45,7 @@ def consistency(
         math.sqrt(max(sigma**2 - (alpha * sigma_min) ** 2, 0.0))
         for alpha, sigma in zip(table.alpha, table.sigma, strict=True)
     ]
-    return (yield from _jumps(table, x, levels, eta, to, None))
+    return (yield from _jumps(table, x, levels, eta, to, None, clip))
 
 
 def lcm(
@@ -59,6 +68,7 @@ def _jumps(
     eta: float,
     to: To,
     shares: Sequence[tuple[float, float]] | None,
+    clip: float | None = None,
 ) -> Running:
     """levels: the noise to be added to an end at each time. shares: how much of x and of the answer make an end."""
     checked_choice("to", to, ("endpoint", "x0"))
@@ -68,6 +78,8 @@ def _jumps(
         end = yield Ask(x, table.t[i], to)
         if shares is not None:
             end = torch.add(x * shares[i][0], end, alpha=shares[i][1])
+        if clip is not None:
+            end = end.clamp(-clip, clip)
         kept = levels[i + 1] * math.sqrt(1 - eta**2) / table.sigma[i]
         move = Move(kept, table.alpha[i + 1] - kept * table.alpha[i], levels[i + 1] * eta)
         x = move.mean(x, end)

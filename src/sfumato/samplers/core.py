@@ -128,6 +128,12 @@ def ddim_move(table: Table, i: int, fresh: float) -> Move:
     return Move(kept, table.alpha[i + 1] - kept * table.alpha[i], fresh)
 
 
+def check_clip(clip: float | None) -> None:
+    """ConfigError for an x0 that is clipped to nothing."""
+    if clip is not None and not clip > 0:
+        raise ConfigError("x0 is clipped to a range around 0", where="sampler.clip", seen=f"{clip:g}", fix="clip=1")
+
+
 def ddim_step(x: Tensor, x0: Tensor, table: Table, i: int, j: int) -> Tensor:
     """From time i to time j along the straight line that x0 and the noise of x span: exact if x0 were constant."""
     ratio = table.sigma[j] / table.sigma[i]

@@ -9,11 +9,17 @@ from torch import Tensor
 
 from sfumato.errors import ConfigError
 from sfumato.paths import Path
-from sfumato.samplers.core import Ask, Draw, Running, Table, ddim_step
+from sfumato.samplers.core import Ask, Draw, Running, Table, check_clip, ddim_move, ddim_step
 
 
-def ddim(path: Path, x: Tensor, times: Tensor, *, eta: float = 0.0) -> Running:
-    """eta = 0 is deterministic; eta = 1 is DDPM's ancestral step with the posterior's variance, on any grid."""
+def ddim(
+    path: Path, x: Tensor, times: Tensor, *, eta: float = 0.0, clip: float | None = None, clipped_noise: bool = False
+) -> Running:
+    """eta = 0 is deterministic; eta = 1 is DDPM's ancestral step with the posterior's variance, on any grid.
+
+    clip: clamp x0 to [-clip, clip], as pixel models do; never for latents. clipped_noise: the noise then is what is in
+    x beside the clamped x0 (ADM's code), and not what the model took for it (diffusers').
+    """
     if not 0 <= eta <= 1:
         raise ConfigError(
             "DDIM's eta lies between 0 and 1",
@@ -21,16 +27,19 @@ def ddim(path: Path, x: Tensor, times: Tensor, *, eta: float = 0.0) -> Running:
             seen=f"{eta:g}",
             fix="eta=0 (deterministic) or eta=1 (ancestral)",
         )
+    check_clip(clip)
     table = Table.of(path, times)
-    alpha, sigma = table.alpha, table.sigma
     for i in table.steps:
-        x0 = yield Ask(x, table.t[i])
+        answer = x0 = yield Ask(x, table.t[i])
+        if clip is not None:
+            x0 = x0.clamp(-clip, clip)
+            answer = x0 if clipped_noise else answer
         fresh = eta * posterior_std(table, i)
-        if fresh == 0:
-            x = ddim_step(x, x0, table, i, i + 1)
-        else:  # what is left of the old noise keeps the variance at sigma^2
-            kept = max(sigma[i + 1] ** 2 - fresh**2, 0.0) ** 0.5 / sigma[i]
-            x = yield Draw(torch.add(x * kept, x0, alpha=alpha[i + 1] - kept * alpha[i]), fresh)
+        # with noise, what is left of the old keeps the variance at sigma^2
+        mean = ddim_step(x, answer, table, i, i + 1) if fresh == 0 else ddim_move(table, i, fresh).mean(x, answer)
+        if answer is not x0:
+            mean = torch.add(mean, x0 - answer, alpha=table.alpha[i + 1])
+        x = mean if fresh == 0 else (yield Draw(mean, fresh))
     return x
 
 

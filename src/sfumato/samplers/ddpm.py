@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from sfumato.denoiser import VARIANCE
-from sfumato.errors import ConfigError
 from sfumato.paths import Path
-from sfumato.samplers.core import Ask, Draw, Running, Table, added_std, posterior_move
+from sfumato.samplers.core import Ask, Draw, Running, Table, added_std, check_clip, posterior_move
 from sfumato.samplers.plan import checked_choice
 
 Variance = Literal["small", "large", "learned"]
@@ -34,8 +33,7 @@ def ddpm(
     clip: clamp x0 to [-clip, clip] before the mean is formed, as pixel models do; never for latents.
     """
     checked_choice("variance", variance, ("small", "large", "learned"))
-    if clip is not None and not clip > 0:
-        raise ConfigError("x0 is clipped to a range around 0", where="sampler.clip", seen=f"{clip:g}", fix="clip=1")
+    check_clip(clip)
     table, learned = Table.of(path, times), variance == "learned"
     for i in table.steps:
         answer = yield Ask(x, table.t[i], VARIANCE if learned else "x0")

@@ -6,6 +6,30 @@ SDXL, Stable Diffusion 3 or FLUX do. `library` is all that is known of `transfor
 
 from sfumato.text.encoder import Text
 from sfumato.text.joined import Texts
-from sfumato.text.library import CONFIG, TOKENIZER, files_of, in_folder, published, read
+from sfumato.text.library import (
+    CLIP,
+    PROJECTED,
+    T5,
+    config_name,
+    files_of,
+    in_folder,
+    own_names,
+    published,
+    read,
+    tokenizer_files,
+)
 
-__all__ = ["CONFIG", "TOKENIZER", "Text", "Texts", "files_of", "in_folder", "published", "read"]
+__all__ = [
+    "CLIP",
+    "PROJECTED",
+    "T5",
+    "Text",
+    "Texts",
+    "config_name",
+    "files_of",
+    "in_folder",
+    "own_names",
+    "published",
+    "read",
+    "tokenizer_files",
+]

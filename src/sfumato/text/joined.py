@@ -8,19 +8,19 @@ small and badly cut pictures could be trained on without being imitated.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.conditioners import Conditioner, Raw, Source, captions_of
+from sfumato.conditioners import SIZE, Conditioner, Raw, Source, captions_of, pair_of
 from sfumato.denoiser import MASK, Cond
-from sfumato.errors import ConfigError, DataError
+from sfumato.errors import ConfigError
 from sfumato.nets.layers import sinusoid
 from sfumato.text.encoder import Text, too_long
 
-ORIGINAL, CROP, TARGET = "original_size", "crop", "target_size"
+ORIGINAL, CROP, TARGET = SIZE, "crop", "target_size"
 SIZES = (ORIGINAL, CROP, TARGET)
 WAVES = 256  # the width of one number's sinusoid
 WORDS = 256  # pieces that Stable Diffusion 3 has from T5
@@ -36,7 +36,8 @@ class Texts(Conditioner):
     first (FLUX). width: of the states where there is no third encoder to tell.
     zeros: the null condition is nothing but zeros, rather than the empty prompt; one that is said is still read.
     sizes: pooled is followed by sinusoids of original_size (height, width), crop (top, left) and target_size (height,
-    width) in pixels, raw fields all of them, which default to an uncut picture of the model's size.
+    width) in pixels, raw fields all of them, which default to an uncut picture of the model's size; waves: the width of
+    one number's sinusoid.
     A prompt may be longer than some encoders read, which then read its beginning, but not longer than all do.
     """
 
@@ -49,6 +50,7 @@ class Texts(Conditioner):
         width: int = 4096,
         zeros: bool = False,
         sizes: bool = False,
+        waves: int = WAVES,
     ) -> None:
         super().__init__()
         texts = [part for part in parts if isinstance(part, Text)]
@@ -57,7 +59,7 @@ class Texts(Conditioner):
         self.join, self.weights, self.width, self.zeros, self.sizes = join, weights, width, zeros, sizes
         self.fields = tuple(dict.fromkeys(part.field for part in texts)) + (SIZES if sizes else ())
         self.kept = SIZES if sizes else ()
-        self.size = (0, 0)
+        self.waves, self.size = waves, (0, 0)
 
     def forward(self, raw: Sequence[Raw]) -> Cond:
         conds = [part(raw) for part in self.texts]
@@ -68,7 +70,7 @@ class Texts(Conditioner):
         if self.sizes:
             pooled = cond["pooled"]
             numbers = torch.tensor([self._numbers(one) for one in raw], device=pooled.device)
-            told = sinusoid(numbers.flatten(), WAVES).to(pooled.dtype)
+            told = sinusoid(numbers.flatten(), self.waves).to(pooled.dtype)
             cond["pooled"] = torch.cat([pooled, told.view(len(raw), -1)], 1)
         return cond
 
@@ -76,6 +78,13 @@ class Texts(Conditioner):
     def texts(self) -> list[Text]:
         """The encoders."""
         return [part for part in self.parts if isinstance(part, Text)]
+
+    @property
+    def length(self) -> int:
+        """How many vectors of context a prompt has."""
+        each = [part.length for part in self.texts]
+        follow = each[2] if len(each) > 2 else WORDS
+        return {"channels": each[0], "sd3": each[0] + follow, "apart": each[-1]}[self.join]
 
     def _channels(self, conds: Sequence[Cond]) -> dict[str, Tensor]:
         found = {"context": torch.cat([cond["context"] for cond in conds], -1)} | _mask(conds[-1])
@@ -97,10 +106,25 @@ class Texts(Conditioner):
     def _numbers(self, raw: Raw) -> list[float]:
         """The original size, the corner and the size to be, six numbers."""
         defaults = {ORIGINAL: self.size, CROP: (0, 0), TARGET: self.size}
-        return [float(n) for name in SIZES for n in _pair(raw.get(name) or defaults[name], name)]
+        return [float(n) for name in SIZES for n in pair_of(raw.get(name) or defaults[name], name)]
 
     def sized(self, raw: Sequence[Raw], size: tuple[int, int]) -> list[Raw]:
         return [{ORIGINAL: size, TARGET: size, **one} for one in raw] if self.sizes else list(raw)
+
+    def change(self, **options: Any) -> None:
+        if options.get("chunks") not in (None, 1) and self.join != "channels":
+            fix = "length=512, where the model reads that much"
+            raise ConfigError("T5 reads long prompts in one window", where="text.chunks", seen=self.join, fix=fix)
+        clips = [one for one in self.texts if one.is_clip]
+        for name, value in options.items():
+            if name == "length":  # CLIP's is its own
+                reading = [one for one in self.texts if one not in clips] or clips
+            else:
+                reading = self.texts if name == "emphasis" else clips
+            if not reading:
+                raise ConfigError("only CLIP's encoders can do that", where=f"text.{name}", seen=repr(value))
+            for part in reading:
+                part.change(**{name: value})
 
     def of_size(self, size: tuple[int, int]) -> None:
         self.size = size
@@ -109,9 +133,9 @@ class Texts(Conditioner):
         for field in dict.fromkeys(part.field for part in self.texts):
             reading = [part for part in self.texts if part.field == field]
             for text in captions_of(raw, field):
-                if all(part.counted(text) > part.length for part in reading):
-                    longest = max(reading, key=lambda part: part.length)
-                    raise too_long(text, longest.counted(text), longest.length)
+                if all(part.counted(text) > part.most for part in reading):
+                    longest = max(reading, key=lambda part: part.most)
+                    raise too_long(text, longest.counted(text), longest.most)
         for one in raw if self.sizes else ():
             self._numbers(one)
 
@@ -142,7 +166,7 @@ class Texts(Conditioner):
         if self.join == "sd3" and sum(widths[:2]) > self.context_dim:
             seen = f"{widths[0]} and {widths[1]} into {self.context_dim}"
             raise ConfigError("two encoders are wider than the third", where="model.conditioner.width", seen=seen)
-        self.pooled_dim += 2 * len(SIZES) * WAVES if self.sizes else 0
+        self.pooled_dim += 2 * len(SIZES) * self.waves if self.sizes else 0
 
 
 def _emptied(value: Tensor, said: Sequence[bool]) -> Tensor:
@@ -153,14 +177,6 @@ def _emptied(value: Tensor, said: Sequence[bool]) -> Tensor:
 
 def _mask(cond: Cond) -> dict[str, Tensor]:
     return {MASK: cond[MASK]} if MASK in cond else {}
-
-
-def _pair(value: object, name: str) -> tuple[float, float]:
-    """Height and width, or top and left."""
-    pair = list(value) if isinstance(value, (list, tuple)) else []
-    if len(pair) != 2 or not all(isinstance(n, (int, float)) and not isinstance(n, bool) and n >= 0 for n in pair):
-        raise DataError("a size is two numbers of pixels", where=name, seen=repr(value), fix="[1024, 1024]")
-    return pair[0], pair[1]
 
 
 def _checked(parts: Sequence[Conditioner], texts: Sequence[Text], join: str) -> None:

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from sfumato.errors import CheckpointError, ConfigError, MachineError
 
-CONFIG, TOKENIZER = "text.config.json", "text.tokenizer."  # of the files that travel, those of `text_encoder`
-CLIP, PROJECTED = "CLIPTextModel", "CLIPTextModelWithProjection"
+CLIP, PROJECTED, T5 = "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"
 UNSAVED = ("architectures", "torch_dtype", "dtype")  # of a config: what does not decide the shape
 
 
@@ -36,11 +35,8 @@ def tokenizer_prefix(part: str) -> str:
 
 def files_of(folder: Path, part: str = "text_encoder") -> dict[str, bytes]:
     """What of an encoder in a folder of diffusers travels: its config, and the files of its tokenizer."""
-    config, tokenizer = folder / part / "config.json", folder / _tokenizer_of(part)
     try:
-        there = [path for path in sorted(tokenizer.iterdir()) if path.is_file()]
-        kept = {f"{tokenizer_prefix(part)}{path.name}": path.read_bytes() for path in there}
-        return {config_name(part): config.read_bytes(), **kept}
+        return {config_name(part): (folder / part / "config.json").read_bytes(), **tokenizer_files(folder, part)}
     except OSError as error:
         raise CheckpointError(
             "a text encoder or its tokenizer is missing",
@@ -48,6 +44,12 @@ def files_of(folder: Path, part: str = "text_encoder") -> dict[str, bytes]:
             seen=str(error),
             fix=f"a folder with {part}/ and {_tokenizer_of(part)}/",
         ) from None
+
+
+def tokenizer_files(folder: Path, part: str = "text_encoder") -> dict[str, bytes]:
+    """The files of the tokenizer of `part`, by their travelling names. OSError where there is none."""
+    there = [path for path in sorted((folder / _tokenizer_of(part)).iterdir()) if path.is_file()]
+    return {f"{tokenizer_prefix(part)}{path.name}": path.read_bytes() for path in there}
 
 
 def in_folder(files: Mapping[str, bytes], part: str = "text_encoder") -> dict[str, bytes]:
@@ -75,7 +77,7 @@ def _tokenizer_of(part: str) -> str:
 def kind_of(files: Mapping[str, bytes], part: str) -> str:
     """The class of `transformers` that the config of `part` names."""
     said = _config(files, part)
-    known = {"clip_text_model": CLIP, "t5": "T5EncoderModel"}
+    known = {"clip_text_model": CLIP, "t5": T5}
     found = str((said.get("architectures") or [known.get(str(said.get("model_type")))])[0])
     return CLIP if found == "CLIPModel" else found
 
@@ -94,7 +96,7 @@ def built(files: Mapping[str, bytes], part: str) -> tuple[str, Any]:
         return kind, inside(library("AutoModel").from_config(config), kind)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         seen = f"{kind}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        fix = f"{CLIP}, {PROJECTED}, T5EncoderModel, or another model of this version of transformers"
+        fix = f"{CLIP}, {PROJECTED}, {T5}, or another model of this version of transformers"
         raise CheckpointError(
             "a text encoder that is not known here", where=config_name(part), seen=seen, fix=fix
         ) from None
@@ -155,12 +157,16 @@ def read(folder: Path, part: str, files: Mapping[str, bytes], state: dict[str, T
     if kind not in (CLIP, PROJECTED) and not kind.endswith("EncoderModel"):
         state.clear()
         return pretrained(folder, part, kind)
+    return own_names(state, kind)
+
+
+def own_names(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """Weights of CLIP, or of an "...EncoderModel", from the names of their files to ours; `state` is emptied."""
     kept: dict[str, Tensor] = {}
     for key in list(state):
         value = state.pop(key)
-        if key.endswith("position_ids") or key.startswith(("vision_model.", "visual_projection.", "decoder.")):
-            continue
-        kept[_ours(key, kind)] = value
+        if not key.endswith("position_ids") and not key.startswith(("vision_model.", "visual_projection.", "decoder.")):
+            kept[_ours(key, kind)] = value
     return kept
 
 
@@ -173,13 +179,16 @@ def _ours(key: str, kind: str) -> str:
 
 
 def published(state: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """The inverse of `read`, for a class of `transformers`."""
+    """The inverse of `read`, for a class of `transformers`. ConfigError for those of which only a part is kept."""
     if kind == CLIP:
         return {f"text_model.{key}": value for key, value in state.items()}
     if kind.endswith("EncoderModel"):
         names = {key: "shared.weight" if key == "embed_tokens.weight" else f"encoder.{key}" for key in state}
         return {names[key]: value for key, value in state.items()}
-    return dict(state)
+    if kind == PROJECTED:
+        return dict(state)
+    fix = "--to sfumato"
+    raise ConfigError("only the reading part of this text encoder is here", where="--to", seen=kind, fix=fix)
 
 
 # Tokenizers
@@ -188,8 +197,8 @@ def published(state: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
 def tokenizer(files: Mapping[str, bytes], part: str, kind: str) -> Any:
     """The tokenizer of `part`, as its files describe it."""
     head = tokenizer_prefix(part)
-    wanted = "CLIPTokenizer" if kind in (CLIP, PROJECTED) else "AutoTokenizer"
-    if kind == "T5EncoderModel":
+    wanted = "CLIPTokenizerFast" if kind in (CLIP, PROJECTED) else "AutoTokenizer"
+    if kind == T5:
         wanted = "T5TokenizerFast"
     with tempfile.TemporaryDirectory() as place:
         for name, data in files.items():

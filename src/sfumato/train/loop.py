@@ -20,11 +20,12 @@ from sfumato.model import pick_device
 from sfumato.overlay import as_yaml, resolved
 from sfumato.train import checkpoint
 from sfumato.train.run import Run
+from sfumato.train.start import FOLDER, read_start, with_start
 from sfumato.train.step import pick_precision
 
 # What a run has written before its first checkpoint: another may begin over it, if there is a run's lock beside it.
 LOGS = {".lock", "config.yaml", "log.txt", "metrics.jsonl", "loss.png", "loss_by_noise.png"}
-UNSAVED = LOGS | {"samples", "checkpoints"}
+UNSAVED = LOGS | {"samples", "checkpoints", FOLDER}
 STOPPING = b"\nstopping after this step; Ctrl-C again stops at once, unsaved\n"
 
 
@@ -32,7 +33,8 @@ def train(config: Config, *, run: str | Path, resume: bool = False, stop_after: 
     """Trains, or goes on training, in the folder `run`; returns its `model/`.
 
     The folder gets config.yaml, metrics.jsonl, log.txt, loss.png, samples/, checkpoints/, and for every average of
-    `config.ema` a model directory: `model/` for the first, `model-1/`, `model-2/` for others.
+    `config.ema` a model directory: `model/` for the first, `model-1/`, `model-2/` for others. Training an adapter
+    (`config.lora`) also leaves `lora.safetensors`, and `start/`, the model that it changes.
     stop_after: save and stop after so many steps of this call, as an interruption would (for machines lent by the
     hour). Raises ConfigError if the folder holds another run or other things, or is in use, Interrupted when it was
     stopped and can be resumed, CheckpointError if there is nothing whole to resume from, DataError if the data or the
@@ -48,7 +50,10 @@ def train(config: Config, *, run: str | Path, resume: bool = False, stop_after: 
             files.sweep(place)
         precision = pick_precision(config.precision, pick_device(config.device))
         config = config.model_copy(update={"precision": precision})  # so that the folder says what was meant
-        with closing(Run(config, folder, resume)) as made:
+        begun = read_start(config.start) if config.start is not None and not resume else None
+        if begun is not None:
+            config = with_start(config, begun)
+        with closing(Run(config, folder, resume, begun)) as made:
             files.write_atomic(folder / "config.yaml", as_yaml(resolved(config)))
             return made.go(stopping, stop_after)
 

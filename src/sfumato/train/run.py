@@ -7,58 +7,71 @@ skipped stays skipped.
 
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sfumato import files
+from sfumato.adapters import training as adapters
+from sfumato.adapters.parts import parts_of
+from sfumato.adapters.writing import write_adapter
 from sfumato.catalogue import build
 from sfumato.config import Config
 from sfumato.data.loader import Batch, Loader
+from sfumato.data.order import indices
 from sfumato.errors import CheckpointError, ConfigError, DataError, Interrupted, MachineError
 from sfumato.io.directory import save_model
-from sfumato.io.pretrained import codec_from, fill_codec
-from sfumato.model import build_model, compile_net, pick_device
+from sfumato.model import AutoencoderModel, Model, build_model, compile_net, pick_device
 from sfumato.overlay import resolved
 from sfumato.train import checkpoint
+from sfumato.train.cache import cache_for
 from sfumato.train.checkpoint import State
 from sfumato.train.ema import EMA
 from sfumato.train.guard import Guard
 from sfumato.train.keys import key
 from sfumato.train.log import Log
 from sfumato.train.optim import build_optimizer, learning_rate
-from sfumato.train.preview import preview, wanted
+from sfumato.train.pixels import pixels
+from sfumato.train.preview import preview, reconstructions, wanted
+from sfumato.train.start import FOLDER, Start, model_of, read_start
 from sfumato.train.step import Outcome, Stepper
+from sfumato.train.trainable import trainable
 from sfumato.train.validate import Validation
 
 ROLLBACKS = 5  # more of them, and somebody should look at the run
 NAMED = 8  # pictures of a step that was skipped
+MEASURED = 512  # pictures by which the scale of an autoencoder's latents is measured
 
 
 class Run:
     """A run of a configuration in a folder, from its beginning or from its newest whole checkpoint.
 
-    step counts the steps, made or skipped, updates those that were made, images the pictures seen. pending: loss and
-    gradient norm of the steps since the last row of metrics.
+    start: the model to begin with, where the configuration names one and the run is new.
+    step counts the steps, made or skipped, updates those that were made, images the pictures seen. pending: loss,
+    gradient norm and what else the objective tells of the steps since the last row of metrics. shown: the conditions
+    that are drawn on the way, or of an autoencoder's run the pictures that are reconstructed.
     """
 
-    def __init__(self, config: Config, folder: Path, resume: bool) -> None:
+    def __init__(self, config: Config, folder: Path, resume: bool, start: Start | None = None) -> None:
         self.config, self.folder = config, folder
         if config.threads:
             torch.set_num_threads(config.threads)
         self.device, self.section = pick_device(config.device), resolved(config)
         told: list[str] = []
         kept = checkpoint.newest(self.checkpoints, told.append) if resume else None
-        self.dataset = build(config.data, "Data")
-        self._build(kept[1] if kept else None)
+        self.dataset = build(config.source, "Data")
+        self._build(kept[1] if kept else None, start)
         self.step = self.updates = self.images = 0
-        self.pending: list[list[float]] = []
+        self.pending: list[dict[str, float]] = []
         if kept is not None:
             told += self._restore(*kept)
         self._check_room()
+        self.stepper.cache = cache_for(config, self.model, self.dataset)
         self.log = Log(folder, self.step, config.steps)
         self.loader = Loader(
             self.dataset,
@@ -67,12 +80,13 @@ class Run:
             position=self.images,
             workers=config.workers,
             holdout=config.validate_.holdout,
+            latents=self.stepper.cache.latents if self.stepper.cache else None,
         )
         with self._loader_closed_on_error():
             held = self.loader.held_out().tolist()
             self.validation = self._validation(held)
             drawing = config.samples.every or config.samples.at_start
-            self.shown = wanted(self.model, self.dataset, config, held) if drawing else []
+            self.shown: Sequence[Any] = self._wanted(held) if drawing else []
             self._greet(told)
 
     @property
@@ -106,20 +120,22 @@ class Run:
             self.log.say(f"{self.images:,} images in {self.step:,} steps; the model is in {self.folder / 'model'}")
         return self.folder / "model"
 
-    def _build(self, state: State | None) -> None:
+    def _build(self, state: State | None, start: Start | None) -> None:
         """The parts, freshly initialised; a conditioner's vocabulary is that of the checkpoint, if there is one."""
         config = self.config
         torch.manual_seed(key(config.seed, "weights"))
-        codec, weights = codec_from(self.section["model"]["codec"])
-        section = {**self.section["model"], "codec": codec}
-        spec = {"model": section, "size": list(self.dataset.shape), "sampling": self.section["sampling"]}
-        self.model = build_model(spec, self.dataset, None if state is None else state.files)
-        fill_codec(self.model.codec, weights)
+        objective = build(config.objective, "Objective")
+        files_ = None if state is None else state.files
+        if config.start is None:
+            self.model = trainable(self.section, self.dataset, objective, files_)
+        else:
+            self.model = self._further(files_, start)
         self.model.to(self.device).train()
         self.weights = self.model.trained()
+        self.averaged = {name: p for name, p in self.weights.items() if self.model.is_kept(name)}
         self.optimizer = build_optimizer(self.model, config)
-        self.stepper = Stepper(self.model, build(config.objective, "Objective"), self.optimizer, config, self.device)
-        self.averages = [EMA(self.weights, section) for section in config.ema]
+        self.stepper = Stepper(self.model, objective, self.optimizer, config, self.device)
+        self.averages = [EMA(self.averaged, section) for section in config.ema]
         self.guard = Guard(config.guard)
         if config.checkpointing and not hasattr(self.model.net, "checkpointing"):
             seen = type(self.model.net).__name__
@@ -132,23 +148,39 @@ class Run:
         if config.checkpointing:
             self.model.net.checkpointing = True  # type: ignore[assignment]
         if config.compile:
-            compile_net(self.model.net, self.device, dynamic=False)
+            for part in self.model.compiled():
+                compile_net(part, self.device, dynamic=False)
+
+    def _further(self, kept: Mapping[str, bytes] | None, start: Start | None) -> Model:
+        """The model to begin with, and perhaps a new adapter of it. A run that trains one keeps the model beside its
+        checkpoints, which lack it; of any other they have all weights. kept: the conditioner's files, of a checkpoint.
+        """
+        size, lora, place = self.dataset.shape, self.config.lora, self.folder / FOLDER
+        spec = {"model": self.section["model"], "size": list(size), "sampling": self.section["sampling"]}
+        if start is None and lora is None:
+            return build_model(spec, None, kept)
+        model = model_of(start or read_start(place), spec)
+        if lora is not None:
+            if start is not None:
+                save_model(place, model, {"start": start.where})
+            adapters.begin(model, lora)
+        return model
 
     def _advance(self) -> None:
         """One step: made, or skipped and counted."""
         batches = [next(self.loader) for _ in range(self.config.accumulate)]
         outcome = self.stepper.gradients(batches, self.step)
-        fresh = sum(len(batch.images) for batch in batches)
+        fresh = sum(len(batch.indices) for batch in batches)
         self.step, self.images = self.step + 1, self.images + fresh
         self.log.stepped(self.step, fresh)
         if not self._usable(outcome, batches):
             return
         self.stepper.update(learning_rate(self.updates, self.config))
         for average in self.averages:
-            average.update(list(self.weights.values()), self.updates)
+            average.update(list(self.averaged.values()), self.updates)
         self.updates += 1
         self.guard.made()
-        self.pending.append([outcome.loss, outcome.norm])
+        self.pending.append({"loss": outcome.loss, "gradient_norm": outcome.norm, **outcome.parts})
 
     def _usable(self, outcome: Outcome, batches: Sequence[Batch]) -> bool:
         """Whether a step is to be made; what is wrong with it is told, and done about."""
@@ -196,11 +228,12 @@ class Run:
         """Metrics, validation and pictures, each when it is due."""
         config, over = self.config, self.step == self.config.steps
         if self.pending and (over or self.step % config.log.every == 0):
-            loss, norm = (sum(one) / len(one) for one in zip(*self.pending, strict=True))
-            rate = learning_rate(self.updates - 1, config)
+            names = dict.fromkeys(name for one in self.pending for name in one)
+            seen = {name: [one[name] for one in self.pending if name in one] for name in names}
+            means = {name: sum(one) / len(one) for name, one in seen.items()}
+            rate = {"lr": learning_rate(self.updates - 1, config)}
             counts = {"skipped": self.guard.skipped, "spikes": self.guard.spikes}
-            row = {"step": self.step, "images": self.images, "loss": loss, "gradient_norm": norm, "lr": rate}
-            self.log.row(row | counts)
+            self.log.row({"step": self.step, "images": self.images} | means | rate | counts)
             self.pending.clear()
         if self.validation and (over or self.step % config.validate_.every == 0):
             with self._average_weights():
@@ -218,7 +251,10 @@ class Run:
         path = self.folder / "samples" / f"{self.step:08d}.png"
         with self._average_weights():
             try:
-                preview(self.model, self.device, self.config.precision, self.shown, path)
+                if isinstance(self.model, Model):
+                    preview(self.model, self.device, self.config.precision, self.shown, path)
+                elif isinstance(self.model, AutoencoderModel):
+                    reconstructions(self.model, self.device, np.stack(self.shown), path)
             except DataError as error:
                 self.log.say(f"step {self.step}: no pictures, {error.what} ({error.seen})")
 
@@ -230,7 +266,7 @@ class Run:
         started = time.perf_counter()
         self.model.eval()
         try:
-            with self.averages[0].applied(list(self.weights.values())), torch.compiler.set_stance("force_eager"):
+            with self.averages[0].applied(list(self.averaged.values())), torch.compiler.set_stance("force_eager"):
                 yield
         finally:
             self.model.train()
@@ -264,16 +300,47 @@ class Run:
             "optimizer": self.config.optim.kind,
             "numerics": checkpoint.numerics(self.device),
         }
-        conditioner = self.model.conditioner
-        own = conditioner.files() if conditioner is not None else {}
-        return State({"model": self.model.weights(), **averages, "optim": optim}, plain, own)
+        return State({"model": self._kept(), **averages, "optim": optim}, plain, self.model.files())
+
+    def _kept(self) -> dict[str, Tensor]:
+        """What a checkpoint has of the weights: all of them, or the adapter's."""
+        if self.config.lora is None:
+            return self.model.weights()
+        return {name: value.detach() for name, value in self.weights.items()}
 
     def _save_models(self) -> None:
-        """A model directory for each average: `model/` for the first, `model-1/`, `model-2/` for others."""
+        """A model directory for each average: `model/` for the first, `model-1/`, `model-2/` for others; an adapter
+        lies beside it, and is in it.
+        """
         for i, (average, section) in enumerate(zip(self.averages, self.section["ema"], strict=True)):
             facts = {"run": self.config.name, "steps": self.step, "images": self.images, "seed": self.config.seed}
-            folder = self.folder / (f"model-{i}" if i else "model")
-            save_model(folder, self.model, facts | {"ema": section}, self.model.weights() | average.state())
+            more = {name: self.section[name] for name in ("start", "lora") if self.section[name] is not None}
+            end = f"-{i}" if i else ""
+            if isinstance(self.model, AutoencoderModel):
+                with average.applied(list(self.averaged.values())):
+                    self.model.measure(self._some(MEASURED), getattr(self.stepper.objective, "latents", "one"))
+            if self.config.lora is not None:
+                weights = self._merged(average, end)
+            else:
+                kept = {name: value for name, value in self.model.weights().items() if self.model.is_kept(name)}
+                weights = kept | average.state()
+            save_model(self.folder / f"model{end}", self.model, facts | {"ema": section, **more}, weights)
+
+    def _merged(self, average: EMA, end: str) -> dict[str, Tensor]:
+        """The weights with an average of the adapter in them; the adapter itself is written."""
+        assert isinstance(self.model, Model)
+        with average.applied(list(self.averaged.values())):
+            adapter, weights = adapters.trained_adapter(self.model), adapters.merged_weights(self.model)
+        file = self.folder / f"lora{end}.safetensors"
+        write_adapter(file, adapter, parts_of(self.model), base=self.config.start)
+        return weights
+
+    def _some(self, n: int) -> Iterator[torch.Tensor]:
+        """The first pictures that training sees, in batches."""
+        n = min(n, self.loader.n)
+        index = self.loader.places(indices(0, n, self.loader.n, self.config.seed)).tolist()
+        for start in range(0, n, self.config.batch):
+            yield pixels(self.dataset.batch(index[start : start + self.config.batch])[0], self.device)
 
     def _restore(self, path: Path, state: State) -> list[str]:
         """Takes up a checkpoint; what there is to tell of it."""
@@ -288,7 +355,7 @@ class Run:
         self._adopt(state)
         plain = state.plain
         self.step, self.updates, self.images = (int(plain[name]) for name in ("step", "updates", "images"))
-        self.pending = [list(pair) for pair in plain["pending"]]
+        self.pending = [dict(one) for one in plain["pending"]]
         self.guard.restore(plain["guard"])
         if plain["scaler"] and self.stepper.scaler.is_enabled():
             self.stepper.scaler.load_state_dict(dict(plain["scaler"]))
@@ -298,7 +365,7 @@ class Run:
 
     def _adopt(self, state: State) -> None:
         """Weights, averages and optimizer of a checkpoint; an average that it does not have begins with the weights."""
-        own, kept = self.model.weights(), state.tensors["model"]
+        own, kept = self._kept(), state.tensors["model"]
         if own.keys() != kept.keys() or any(own[name].shape != kept[name].shape for name in own):
             raise CheckpointError(
                 "a checkpoint does not fit the model", where=str(self.folder), seen="other weights", fix="name=ANOTHER"
@@ -307,13 +374,16 @@ class Run:
             for name, value in own.items():
                 value.copy_(kept[name])
         for i, average in enumerate(self.averages):
-            average.restore(state.tensors.get(f"ema-{i}", self.weights))
+            average.restore(state.tensors.get(f"ema-{i}", self.averaged))
         checkpoint.restore_optimizer(self.optimizer, self.model, state.tensors["optim"])
 
     def _check_room(self) -> None:
         """MachineError if the disk has no room for one checkpoint and the model directories."""
-        weights = sum(value.nbytes for value in self.model.weights().values())
-        needed, free = weights * (3 + 2 * len(self.averages)), files.free_space(self.folder)
+        kept, whole = (
+            sum(value.nbytes for value in weights.values()) for weights in (self._kept(), self.model.weights())
+        )
+        n = len(self.averages)
+        needed, free = kept * (3 + n) + whole * n, files.free_space(self.folder)
         if free < needed:
             raise MachineError(
                 "the disk has no room for a checkpoint",
@@ -322,16 +392,20 @@ class Run:
                 fix="free some space, or --run FOLDER on another disk",
             )
 
+    def _wanted(self, held: Sequence[int]) -> Sequence[Any]:
+        """What is shown on the way."""
+        if isinstance(self.model, Model):
+            return wanted(self.model, self.dataset, self.config, held)
+        count = min(self.config.samples.count, len(self.dataset))
+        places = list(held[:count]) or list(range(count))
+        return list(self.dataset.batch(places)[0])
+
     def _validation(self, held: Sequence[int]) -> Validation | None:
         batch, config = self.config.batch, self.config.validate_
         if not held or not config.every:
             return None
         parts = [held[i : i + batch] for i in range(0, min(len(held), batch * config.batches), batch)]
-        return Validation([self._batch(part) for part in parts], self.config.seed)
-
-    def _batch(self, part: Sequence[int]) -> Batch:
-        images, fields = self.dataset.batch(part)
-        return Batch(images, fields, np.array(part), 0)
+        return Validation([self.loader.fetched(np.array(part)) for part in parts])
 
     @contextmanager
     def _loader_closed_on_error(self) -> Iterator[None]:
@@ -346,10 +420,9 @@ class Run:
             self.log.say(line)
         millions = sum(p.numel() for p in self.weights.values()) / 1e6
         data = f"{len(self.dataset):,} pictures of {self.dataset.shape[1]}x{self.dataset.shape[0]}"
-        self.log.say(
-            f"{self.config.name}: {millions:.1f}M weights, {data}, on {self.device} in {self.config.precision}"
-        )
-        for note in self.model.conditioner.notes if self.model.conditioner is not None else ():
+        of = "weights" if self.config.start is None else f"weights that learn, of those of {self.config.start}"
+        self.log.say(f"{self.config.name}: {millions:.1f}M {of}, {data}, on {self.device} in {self.config.precision}")
+        for note in self.model.notes():
             self.log.say(note)
         if self.loader.holdout < (asked := self.config.validate_.holdout):
             self.log.say(f"holding out {self.loader.holdout} pictures, not {asked}: there are {len(self.dataset)}")

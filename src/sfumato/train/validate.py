@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from sfumato.data.loader import Batch
-from sfumato.train.keys import generator
-from sfumato.train.step import Stepper, encoded
+from sfumato.train.step import Stepper
 
 BINS = 10
 
@@ -14,23 +13,22 @@ BINS = 10
 class Validation:
     """Some batches that training never sees, and what the objective says of them."""
 
-    def __init__(self, batches: Sequence[Batch], seed: int) -> None:
-        self.batches, self.seed = batches, seed
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self.batches = batches
 
     @torch.no_grad()
     def __call__(self, stepper: Stepper) -> tuple[float, list[tuple[float, float]]]:
-        """The loss, and the network's unweighted square error in ten bins of time: pairs (middle of the bin, mean)."""
+        """The loss, and the network's unweighted square error in ten bins of time: pairs (middle of the bin, mean);
+        none where nothing is noised.
+        """
         losses, sizes, times, errors = [], [], [], []
         for i, batch in enumerate(self.batches):
-            x0 = encoded(stepper.model, batch.images, stepper.device)
-            raw = stepper.model.examples(batch.images, batch.fields, generator(self.seed, "examples", i))
-            with stepper.autocast():
-                rng = generator(self.seed, "validation", i)
-                loss = stepper.objective(stepper.model.denoiser, x0, stepper.model.cond(raw), rng)
+            loss = stepper.judged(batch, "validation", i)
             losses.append(float(loss.value))
-            sizes.append(len(x0))
-            times += loss.t.tolist()
-            errors += loss.each.tolist()
+            sizes.append(len(batch.indices))
+            if loss.t is not None:
+                times += loss.t.tolist()
+                errors += loss.each.tolist()
         bins: list[list[float]] = [[] for _ in range(BINS)]
         for t, error in zip(times, errors, strict=True):
             bins[min(int(t * BINS), BINS - 1)].append(error)

@@ -5,6 +5,8 @@ reads a picture back, so that "does it show what the prompt says" is a number. `
 combinations that training shows and on such that it never does.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -147,6 +149,17 @@ class Scenes:
         """Images (B, H, W, 3) uint8 and their fields."""
         pictures = [self[int(index)] for index in indices]
         return np.stack([picture.image for picture in pictures]), [picture.fields for picture in pictures]
+
+    def fields(self, indices: Sequence[int]) -> list[Fields]:
+        """The fields of some pictures, which are not painted for it."""
+        told = (self.scene(int(index))[1] for index in indices)
+        return [{"caption": caption.text, "task": caption.task} for caption in told]
+
+    def identity(self) -> str:
+        """What the pictures depend on, and some of them, in case they are painted in another way one day."""
+        some = hashlib.sha256(b"".join(self[i].image.tobytes() for i in range(min(4, self.count)))).hexdigest()
+        said = {name: value for name, value in vars(self).items() if name in self.__dataclass_fields__}
+        return json.dumps({"kind": "scenes", **said, "some": some}, sort_keys=True)
 
     def captions(self) -> Iterator[str]:
         """The whole vocabulary."""

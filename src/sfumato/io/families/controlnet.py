@@ -152,6 +152,12 @@ def slot_of(config: ControlNetConfig, unet: Mapping[str, Any]) -> dict[str, Any]
     return slot | ({"unet": other} if other else {})
 
 
+def joined(net: Mapping[str, Tensor], control: ControlNet) -> dict[str, Tensor]:
+    """The weights of a U-Net, whose names begin with `net.`, and of its control, as those of one network."""
+    inner = {f"net.{key}": value for key, value in net.items()}
+    return inner | {f"{SAVED}{key}": value for key, value in control.state_dict().items()}
+
+
 def write_control(folder: Path, control: ControlNet, dtype: torch.dtype) -> None:
     """diffusers' ControlNetModel."""
     shared.write_json(folder / "config.json", _config(control.config))

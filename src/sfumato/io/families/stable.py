@@ -18,6 +18,17 @@ PREFIX = "model.diffusion_model."
 MARKS = {OURS: "down.0.residual.conv1.weight", DIFFUSERS: "down_blocks.0.resnets.0.conv1.weight"}
 
 
+SHAPE = ("in_channels", "out_channels", "channels", "blocks", "depths", "middle", "heads", "context_dim")
+MORE = ("pooled_dim", "guidance_dim", "linear", "groups")
+
+
+def slot_of(shape: StableUNetConfig, size: int | list[int]) -> dict[str, object]:
+    """The slot of a network of this shape. size: of its latents."""
+    slot = {name: getattr(shape, name) for name in (*SHAPE, *MORE)}
+    slot = {name: list(value) if isinstance(value, tuple) else value for name, value in slot.items()}
+    return slot | {"kind": "stable_unet", "size": size}
+
+
 def lines(config: StableUNetConfig) -> list[Line]:
     """Every module of a U-Net of this shape."""
     out = [

@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from sfumato.codecs import Latents
-from sfumato.conditioners import Conditioner, Joined
-from sfumato.errors import CheckpointError, ConfigError
-from sfumato.image_conditions import Hint, Inpainting
+from sfumato.errors import CheckpointError
 from sfumato.io import parts as shared
-from sfumato.io.families import controlnet, stable
+from sfumato.io.families import controlnet, stable, stable_files
 from sfumato.io.family import Published
 from sfumato.io.keymap import DIFFUSERS, OURS, renamed
 from sfumato.io.pretrained import read_json, read_state
@@ -24,33 +22,41 @@ from sfumato.model import Model
 from sfumato.nets.controlnet import Controlled, ControlNet
 from sfumato.nets.stable_unet import StableUNet
 from sfumato.paths import Tabulated
-from sfumato.text import Text
+from sfumato.text.joined import WAVES
 
 CONTROLLED = "StableDiffusionControlNetPipeline"
 INPAINTING = "StableDiffusionInpaintPipeline"
-SHAPE = ("in_channels", "out_channels", "channels", "blocks", "depths", "middle", "heads", "context_dim")
-MORE = ("pooled_dim", "guidance_dim", "linear", "groups")
+HINT = {"kind": "hint", "field": "control"}
+TOLD_GUIDANCE = "LatentConsistencyModelPipeline"
 
 
 class StableDiffusion:
     """The family. See `sfumato.io.family.Family`."""
 
-    pipelines = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", INPAINTING, CONTROLLED)
+    pipelines = (
+        "StableDiffusionPipeline",
+        "StableDiffusionImg2ImgPipeline",
+        TOLD_GUIDANCE,
+        "LatentConsistencyModelImg2ImgPipeline",
+        INPAINTING,
+        CONTROLLED,
+    )
 
     def read_folder(self, folder: Path, index: Mapping[str, Any]) -> Published:
         path, prediction, sampling = shared.read_table(folder)
         shape, net = read_unet(folder / "unet")
+        told = shape["guidance_dim"] > 0
         codec, autoencoder, factor = shared.read_vae(folder / "vae")
         text, files = shared.read_text(folder)
         conditioner: dict[str, Any] = {"kind": "text", "length": shared.tokenizer_length(folder)}
         if shape["in_channels"] == 2 * codec["latent"] + 1:
-            conditioner, text, files = _joined(conditioner, text, files, {"kind": "inpainting"})
+            conditioner, text, files = shared.join_text(conditioner, text, files, {"kind": "inpainting"})
         elif shape["in_channels"] != codec["latent"]:
             seen = f"{shape['in_channels']} channels, where the autoencoder has {codec['latent']}"
             raise CheckpointError("a U-Net that takes more than is known here", where=str(folder), seen=seen)
         size = [int(side) * factor for side in shared.pair(shape["size"])]
         if controlnet.PART in index:
-            conditioner, text, files = _joined(conditioner, text, files, {"kind": "hint", "field": "control"})
+            conditioner, text, files = shared.join_text(conditioner, text, files, HINT)
             shape, net = _under_control(folder, index, shape, net)
         section = {
             "path": path,
@@ -61,7 +67,7 @@ class StableDiffusion:
             "codec": codec,
             "conditioner": conditioner,
         }
-        sampling = {"steps": 50, "guidance": 7.5, **sampling}
+        sampling = {**(TOLD if told else {"steps": 50, "guidance": 7.5}), **sampling}
         state = net | autoencoder | text
         return Published(section, size, sampling, state, files, shared.facts_of(folder, index))
 
@@ -69,43 +75,44 @@ class StableDiffusion:
         return (
             (isinstance(model.net, StableUNet) or (isinstance(model.net, Controlled) and len(model.net.controls) == 1))
             and isinstance(model.codec, Latents)
-            and text_of(model.conditioner) is not None
+            and shared.text_of(model.conditioner) is not None
             and isinstance(model.denoiser.path, Tabulated)
         )
 
     def write_folder(self, place: Path, model: Model, dtype: torch.dtype) -> None:
-        codec, text, path = model.codec, text_of(model.conditioner), model.denoiser.path
+        codec, text, path = model.codec, shared.text_of(model.conditioner), model.denoiser.path
         net = model.net.net if isinstance(model.net, Controlled) else model.net
         assert isinstance(net, StableUNet) and isinstance(codec, Latents)
         assert text is not None and isinstance(path, Tabulated)
+        told = net.config.guidance_dim > 0
+        scheduler = shared.scheduler_of_lcm(model.spec["sampling"]) if told else None
+        parts = INDEX | ({"scheduler": ["diffusers", scheduler["_class_name"]]} if scheduler else {})
+        kind = self.pipelines[0] if text is model.conditioner else INPAINTING
         if isinstance(model.net, Controlled):
-            shared.write_index(place, CONTROLLED, INDEX | {controlnet.PART: ["diffusers", "ControlNetModel"]}, model)
+            kind, parts = CONTROLLED, parts | {controlnet.PART: ["diffusers", "ControlNetModel"]}
             controlnet.write_control(place / controlnet.PART, cast(ControlNet, model.net.controls[0]), dtype)
-        else:
-            shared.write_index(place, self.pipelines[0] if text is model.conditioner else INPAINTING, INDEX, model)
-        shared.write_table(place, path, str(model.spec["model"]["prediction"]))
+        shared.write_index(place, TOLD_GUIDANCE if told else kind, parts, model)
+        shared.write_table(place, path, model.spec["model"]["prediction"], scheduler=scheduler)
         write_unet(place / "unet", net, dtype)
         shared.write_vae(place, codec, dtype)
         shared.write_text(place, text, dtype)
 
     def knows(self, keys: Collection[str]) -> bool:
-        return False
+        return stable_files.ENTRY in keys and stable_files.TOLD_XL not in keys
 
     def read_file(self, state: Mapping[str, Tensor], file: Path, parts: Path | None) -> Published:
-        raise CheckpointError("single files are not read yet", where=str(file))
+        length = 77 if parts is None else shared.tokenizer_length(parts)
+        sampling = {"steps": 50, "guidance": 7.5}
+        found = stable_files.read(state, file, parts, {"kind": "text", "length": length}, sampling)
+        if found.section["net"].get("guidance_dim"):
+            own = found.sampling if found.sampling["sampler"].get("kind") == "lcm" else {}
+            found.sampling = {**LCM, **own, **TOLD}
+        return found
 
     def write_file(self, model: Model) -> dict[str, Tensor]:
-        raise ConfigError("single files are not written yet", where="--to single-file", fix="--to diffusers")
-
-
-def _joined(
-    text: dict[str, Any], state: Mapping[str, Tensor], files: Mapping[str, bytes], other: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, bytes]]:
-    """A prompt's conditioner joined with one without weights: the slot, the weights, the files."""
-    head = "conditioner."
-    moved = {f"{head}parts.0.{key.removeprefix(head)}": value for key, value in state.items()}
-    slot = {"kind": "joined", "parts": [text, other]}
-    return slot, moved, {f"0.{name}": data for name, data in files.items()}
+        net = model.net.net if isinstance(model.net, Controlled) else model.net
+        assert isinstance(net, StableUNet)
+        return stable_files.write(model, "sd2" if net.config.context_dim == stable_files.OPENCLIP else "sd1")
 
 
 def _under_control(
@@ -117,19 +124,14 @@ def _under_control(
         fix = "--control, once for each"
         raise CheckpointError("a folder holds one control", where=str(folder), seen=kind, fix=fix)
     control = controlnet.read_control(folder / controlnet.PART)
-    state = {f"net.{key}": value for key, value in net.items()}  # all of them begin with `net.` already
-    state |= {f"{controlnet.SAVED}{key}": value for key, value in control.state_dict().items()}
-    return controlnet.slot_of(control.config, shape), state
+    return controlnet.slot_of(control.config, shape), controlnet.joined(net, control)
 
 
-def text_of(conditioner: Conditioner | None) -> Text | None:
-    """The text encoder of a model that is told a prompt, alone or joined with pictures of this family."""
-    if isinstance(conditioner, Joined) and len(conditioner.parts) == 2:
-        first, other = conditioner.parts
-        return first if isinstance(first, Text) and isinstance(other, (Inpainting, Hint)) else None
-    return conditioner if isinstance(conditioner, Text) else None
-
-
+TOLD: dict[str, Any] = {  # how latent consistency models like to be sampled, which are told the guidance
+    "steps": 4,
+    "guidance": {"kind": "distilled", "scale": 8.5, "told": "weight"},
+}
+LCM: dict[str, Any] = shared.recommended({"_class_name": "LCMScheduler"})  # where a file says nothing of it
 INDEX: dict[str, Any] = {
     "feature_extractor": [None, None],
     "image_encoder": [None, None],
@@ -155,15 +157,8 @@ def read_unet(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     each = tuple(heads) if isinstance(heads, list) else (int(heads),) * levels
     shape = stable.config_of(state, DIFFUSERS, str(folder), each, int(config.get("norm_num_groups") or 32))
     named = renamed(state, stable.lines(shape), DIFFUSERS, OURS, str(folder))
-    slot = unet_slot(shape, shared.as_size(config.get("sample_size", 64)))
+    slot = stable.slot_of(shape, shared.as_size(config.get("sample_size", 64)))
     return slot, {f"net.{key}": value for key, value in named.items()}
-
-
-def unet_slot(shape: stable.StableUNetConfig, size: int | list[int]) -> dict[str, Any]:
-    """The slot of a network of this shape. size: of its latents."""
-    slot = {name: getattr(shape, name) for name in (*SHAPE, *MORE)}
-    slot = {name: list(value) if isinstance(value, tuple) else value for name, value in slot.items()}
-    return slot | {"kind": "stable_unet", "size": size}
 
 
 def write_unet(folder: Path, net: StableUNet, dtype: torch.dtype) -> None:
@@ -176,11 +171,13 @@ def write_unet(folder: Path, net: StableUNet, dtype: torch.dtype) -> None:
 
 def _unet(net: StableUNet) -> dict[str, Any]:
     config = net.config
-    if config.pooled_dim:
-        seen = "a U-Net that is told a vector"
-        raise ConfigError("SDXL is not written yet", where="--to diffusers", seen=seen, fix="--to sfumato")
     cross = ["CrossAttn" if depth else "" for depth in config.depths]
-    return {
+    told = {  # SDXL's: the pooled prompt, and six sizes as sinusoids
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": WAVES,
+        "projection_class_embeddings_input_dim": config.pooled_dim,
+    }
+    said = {
         "_class_name": "UNet2DConditionModel",
         "act_fn": "silu",
         "attention_head_dim": list(config.heads),  # which means heads, by mistake
@@ -198,3 +195,4 @@ def _unet(net: StableUNet) -> dict[str, Any]:
         "up_block_types": [f"{one}UpBlock2D" for one in reversed(cross)],
         "use_linear_projection": config.linear,
     }
+    return said | (told if config.pooled_dim else {})
