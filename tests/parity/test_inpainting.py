@@ -142,6 +142,17 @@ def test_diffusers_fills_in_the_same_from_what_we_write(whole: tuple[Any, Path],
     np.testing.assert_allclose(drawn[1], drawn[0], rtol=1e-4, atol=1e-4)
 
 
+def test_a_single_file_fills_in_the_same(whole: tuple[Any, Path], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["convert", str(whole[1]), str(tmp_path / "one.safetensors"), "--to", "single-file"])
+    assert left.value.code == 0
+    image, mask = known()
+    asked = {"caption": "a red circle", "image": image, "mask": mask}
+    pipelines = load(whole[1], "cpu"), load(tmp_path / "one.safetensors", "cpu", parts=whole[1])
+    drawn = [pipeline.sample(asked, steps=3, seeds=1, size=(16, 24)).images for pipeline in pipelines]
+    assert (drawn[0] == drawn[1]).all()
+
+
 def test_the_command_line_fills_in(whole: tuple[Any, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image, mask = known((16, 16))
     image.save(tmp_path / "picture.png")

@@ -59,7 +59,7 @@ class ControlNet(WayDown):
         made = cls(replace(ControlNetConfig(net.config), **changes))  # type: ignore[arg-type]
         own = made.state_dict()
         made.load_state_dict(own | {key: value for key, value in net.state_dict().items() if key in own})
-        return made.to(net.entry.weight.device)
+        return made.to(net.entry.weight)
 
     def forward(
         self,
