@@ -136,9 +136,9 @@ class ImageMap(OfPictures):
         if images is None:
             return _all_there(raw, self.field)
         small = self.seen_at((images.shape[1], images.shape[2]))
-        return [
-            one if self.field in one else {**one, self.field: shrunk(image, small)} for one, image in _zip(raw, images)
-        ]
+        own = [self._read(one, (images.shape[1], images.shape[2])) for one in raw]
+        made = [{self.field: shrunk(image, small)} for image in images]
+        return [{**one, **(told or new)} for one, told, new in zip(raw, own, made, strict=True)]
 
     def forward(self, raw: Sequence[Raw]) -> Cond:
         found = self.read(raw, self.field)
@@ -296,10 +296,6 @@ def _all_there(raw: Sequence[Raw], field: str) -> list[Raw]:
             "a condition is made of the pictures themselves", where="data.cache", seen=seen, fix="data.cache=null"
         )
     return list(raw)
-
-
-def _zip(raw: Sequence[Raw], images: Image) -> list[tuple[Raw, Image]]:
-    return list(zip(raw, images, strict=True))
 
 
 def _rectangles(height: int, width: int, rng: Generator) -> Image:

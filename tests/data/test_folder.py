@@ -388,3 +388,25 @@ def test_sizes_that_cannot_be_are_refused(tmp_path: Path, size: Any) -> None:
     with pytest.raises(ConfigError) as error:
         Folder(str(tmp_path), size=size)
     assert error.value.where == "data.size"
+
+
+# Pictures beside pictures
+
+
+def test_a_field_may_be_a_picture_of_the_same_name(tmp_path: Path) -> None:
+    for name, suffix in (("photos", ".png"), ("edges", ".jpg")):
+        (tmp_path / name / "cats").mkdir(parents=True)
+        for i in range(3):
+            left = Pillow.new("RGB", (16, 16), (40 * i, 0, 200 if name == "edges" else 0))
+            left.paste((255, 255, 255), (0, 0, 8, 16))
+            left.save(tmp_path / name / "cats" / f"{i}{suffix}", quality=95)
+    data = Folder(str(tmp_path / "photos"), size=16, mirror=True, beside={"edges": str(tmp_path / "edges")})
+    for i in (0, 2, 3, 5):
+        edges = data[i].fields["edges"]
+        assert isinstance(edges, np.ndarray) and edges.shape == (16, 16, 3) and edges.dtype == np.uint8
+        dark = edges[:, 12] if i < 3 else edges[:, 3]  # mirrored with its picture
+        assert np.abs(dark.astype(int) - (40 * (i % 3), 0, 200)).max() < 12
+        assert (np.asarray(data.fields([i])[0]["edges"]) == edges).all()
+    (tmp_path / "edges" / "cats" / "1.jpg").unlink()
+    with pytest.raises(DataError, match=r"cats/1\.png"):
+        Folder(str(tmp_path / "photos"), size=16, beside={"edges": str(tmp_path / "edges")})

@@ -57,6 +57,8 @@ class Folder:
     unreadable: "error" stops at a broken file; "skip" reads every file whole at the start, and leaves broken ones out.
     mirror: every picture also mirrored (not for
     captions that speak of left and right). memory: MiB of decoded pictures to keep in memory.
+    beside: fields that are pictures, too, {"edges": FOLDER}: of each picture the one that has its name there, whatever
+    its suffix.
     """
 
     path: str
@@ -65,7 +67,8 @@ class Folder:
     unreadable: Literal["error", "skip"] = "error"
     mirror: bool = False
     memory: int = 512
-    _kept: "OrderedDict[int, Image]" = field(default_factory=OrderedDict, init=False, repr=False, compare=False)
+    beside: Mapping[str, str] = field(default_factory=dict)
+    _kept: "OrderedDict[Path, Image]" = field(default_factory=OrderedDict, init=False, repr=False, compare=False)
     _guard: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -78,6 +81,7 @@ class Folder:
                 seen=_named(Path(self.path).expanduser(), self.found[1]),
                 fix="a folder with pictures that other programs open",
             )
+        _ = self._beside  # whose faults are told now, and not in the middle of training
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -132,9 +136,8 @@ class Folder:
         if not 0 <= index < len(self):
             raise IndexError(f"picture {index} of {len(self)}")
         mirrored, place = divmod(index, len(self.entries))
-        image = self._image(place)
-        known = self._fields(self.entries[place])
-        return Picture(np.ascontiguousarray(image[:, ::-1]) if mirrored else image, known)
+        entry = self.entries[place]
+        return Picture(self._image(entry.path, bool(mirrored)), self._fields(entry, bool(mirrored)))
 
     def batch(self, indices: Sequence[int]) -> tuple[Image, list[Fields]]:
         """Images (B, H, W, 3) uint8 and their fields."""
@@ -143,7 +146,8 @@ class Folder:
 
     def fields(self, indices: Sequence[int]) -> list[Fields]:
         """The fields of some pictures, without reading these."""
-        return [self._fields(self.entries[int(index) % len(self.entries)]) for index in indices]
+        places = (divmod(int(index), len(self.entries)) for index in indices)
+        return [self._fields(self.entries[place], bool(mirrored)) for mirrored, place in places]
 
     def identity(self) -> str:
         """Names, sizes and times of the files, and what is made of them; captions do not count."""
@@ -156,22 +160,42 @@ class Folder:
         """Every caption there is."""
         return (entry.caption for entry in self.entries if entry.caption)
 
-    def _fields(self, entry: Entry) -> Fields:
+    def _fields(self, entry: Entry, mirrored: bool) -> Fields:
         fields = {"caption": entry.caption, "label": entry.label, "file": str(entry.path)}
-        return {name: value for name, value in fields.items() if value is not None}
+        known = {name: value for name, value in fields.items() if value is not None}
+        return known | {name: self._image(path, mirrored) for name, path in self._beside.get(entry.path, {}).items()}
 
-    def _image(self, place: int) -> Image:
+    @cached_property
+    def _beside(self) -> dict[Path, dict[str, Path]]:
+        """Of each picture, those that belong to it, by field. DataError where one is missing."""
+        root, found = Path(self.path).expanduser(), dict[Path, dict[str, Path]]()
+        for name, folder in self.beside.items():
+            there = Path(folder).expanduser()
+            paths = {_key(path.relative_to(there).with_suffix("")): path for path in there.rglob("*")}
+            for entry in self.entries:
+                other = paths.get(_key(entry.path.relative_to(root).with_suffix("")))
+                if other is None or not _is_picture(other, there):
+                    seen = f"none for {inside(root, entry.path)}"
+                    raise DataError("a picture beside is missing", where=f"data.beside.{name}: {there}", seen=seen)
+                found.setdefault(entry.path, {})[name] = other
+        return found
+
+    def _image(self, path: Path, mirrored: bool) -> Image:
+        image = self._read(path)
+        return np.ascontiguousarray(image[:, ::-1]) if mirrored else image
+
+    def _read(self, path: Path) -> Image:
         with self._guard:
-            if place in self._kept:
-                self._kept.move_to_end(place)
-                return self._kept[place]
+            if path in self._kept:
+                self._kept.move_to_end(path)
+                return self._kept[path]
         try:
-            image = fitted(self.entries[place].path, self.shape)
+            image = fitted(path, self.shape)
         except Exception as error:  # whatever a decoder makes of foreign bytes
-            path, fix = str(self.entries[place].path), "data.unreadable=skip, or remove it"
-            raise DataError("a picture cannot be read", where=path, seen=reason(error), fix=fix) from error
+            fix = "data.unreadable=skip, or remove it"
+            raise DataError("a picture cannot be read", where=str(path), seen=reason(error), fix=fix) from error
         with self._guard:
-            self._kept[place] = image
+            self._kept[path] = image
             while len(self._kept) * image.nbytes > self.memory * 2**20:
                 self._kept.popitem(last=False)
         return image

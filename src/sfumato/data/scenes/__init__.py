@@ -142,8 +142,7 @@ class Scenes:
 
     def __getitem__(self, index: int) -> Picture:
         scene, caption = self.scene(index)
-        layout = {} if self.layout == "none" else {"layout": scene.layout(self.layout)}
-        return Picture(scene.paint(), {"caption": caption.text, "task": caption.task, **layout})
+        return Picture(scene.paint(), self._fields(scene, caption))
 
     def batch(self, indices: Sequence[int]) -> tuple[Image, list[Fields]]:
         """Images (B, H, W, 3) uint8 and their fields."""
@@ -152,13 +151,17 @@ class Scenes:
 
     def fields(self, indices: Sequence[int]) -> list[Fields]:
         """The fields of some pictures, which are not painted for it."""
-        told = (self.scene(int(index))[1] for index in indices)
-        return [{"caption": caption.text, "task": caption.task} for caption in told]
+        return [self._fields(*self.scene(int(index))) for index in indices]
+
+    def _fields(self, scene: Scene, caption: Caption) -> Fields:
+        layout = {} if self.layout == "none" else {"layout": scene.layout(self.layout)}
+        return {"caption": caption.text, "task": caption.task, **layout}
 
     def identity(self) -> str:
         """What the pictures depend on, and some of them, in case they are painted in another way one day."""
         some = hashlib.sha256(b"".join(self[i].image.tobytes() for i in range(min(4, self.count)))).hexdigest()
         said = {name: value for name, value in vars(self).items() if name in self.__dataclass_fields__}
+        del said["layout"]  # of the fields, not of the pictures
         return json.dumps({"kind": "scenes", **said, "some": some}, sort_keys=True)
 
     def captions(self) -> Iterator[str]:
