@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from random import Random
+from typing import ClassVar
 
 import numpy as np
 
@@ -77,7 +78,10 @@ class Scenes:
     size: one side, or (height, width), 32 to 512 px. count: how many pictures; they are drawn when asked for.
     split: "train", or "validation" for other pictures of the same kind. tasks: how often each of the six tasks is
     spoken of, in any proportion. rich: the share of longer captions, of up to four fully described objects.
+    A picture's label is the task that its caption is of.
     """
+
+    classes: ClassVar[tuple[str, ...]] = (*TASKS, "rich")
 
     size: int | tuple[int, int] = 32
     seed: int = 0
@@ -122,7 +126,7 @@ class Scenes:
 
     def __getitem__(self, index: int) -> Picture:
         scene, caption = self.scene(index)
-        return Picture(scene.paint(), {"caption": caption.text, "task": caption.task})
+        return Picture(scene.paint(), {"caption": caption.text, "label": caption.task})
 
     def batch(self, indices: Sequence[int]) -> tuple[Image, list[Fields]]:
         """Images (B, H, W, 3) uint8 and their fields."""
@@ -132,7 +136,7 @@ class Scenes:
     def fields(self, indices: Sequence[int]) -> list[Fields]:
         """The fields of some pictures, which are not painted for it."""
         told = (self.scene(int(index))[1] for index in indices)
-        return [{"caption": caption.text, "task": caption.task} for caption in told]
+        return [{"caption": caption.text, "label": caption.task} for caption in told]
 
     def identity(self) -> str:
         """What the pictures depend on, and some of them, in case they are painted in another way one day."""
