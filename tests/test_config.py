@@ -158,9 +158,9 @@ def test_a_value_is_dug_out() -> None:
 
 
 def test_what_a_network_is_told_is_what_networks_have() -> None:
-    for kind in ("unet", "dit"):
-        from sfumato.registry import options_of
+    from sfumato.registry import options_of
 
+    for kind in ("unet", "dit"):
         assert set(FILLED_IN) <= set(options_of(KINDS["Net"][kind]) or {})
 
 

@@ -226,7 +226,7 @@ SLOTS = {
 ALONE = "autoencoder"  # the objective that trains the codec, and no network
 CACHE = "cache"  # of data: not the source's, whatever it is
 # A network's options that are known from what stands beside it.
-FILLED_IN = ("in_channels", "context_dim", "pooled_dim", "classes", "unlabelled")
+FILLED_IN = ("in_channels", "context_dim", "pooled_dim", "classes")
 
 
 def slot_problems(raw: dict[str, Any]) -> Iterator[Problem]:

@@ -236,7 +236,7 @@ def build_model(spec: Mapping[str, Any], source: Any = None, files: Mapping[str,
     if isinstance(conditioner, Conditioner):
         conditioner.of_size((height, width))
     known = {"size": (inner_height, inner_width), "in_channels": channels}
-    known |= {name: getattr(conditioner, name, 0) for name in FILLED_IN[1:]}
+    known |= {name: getattr(conditioner, name, 0) for name in (*FILLED_IN[1:], "unlabelled")}
     answers = tuple(section.get("answers") or ("x0",))
     if VARIANCE in answers:
         known["out_channels"] = 2 * channels
@@ -256,7 +256,8 @@ def _filled(slot: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]
     """A network's slot with what its surroundings decide, as far as it has such options and they are not set."""
     target = target_of(str(slot["kind"]), KINDS["Net"])
     options = options_of(target) if target else None
-    fitting = {name: value for name, value in known.items() if options is None or name in options}
+    taken = {"size", *FILLED_IN} if options is None else options  # of what cannot be looked into, the old promise
+    fitting = {name: value for name, value in known.items() if name in taken}
     return {**fitting, **slot, **({"size": fitting["size"]} if "size" in fitting else {})}
 
 

@@ -182,8 +182,8 @@ def test_plain_attention_is_for_learning_in_bfloat16_where_a_cpu_has_it(
         torch.testing.assert_close(attended(q, q, q).detach().double(), want, rtol=0, atol=0.03)
         return bool(fused)
 
-    assert not asks(torch.bfloat16) and not asks(torch.bfloat16, length=256)
-    assert asks(torch.bfloat16, length=257) and asks(torch.bfloat16, learning=False)
+    assert not asks(torch.bfloat16) and not asks(torch.bfloat16, length=128)
+    assert asks(torch.bfloat16, length=129) and asks(torch.bfloat16, learning=False)
     assert asks(torch.bfloat16, arithmetic=False) and asks(torch.float32)
     with torch.no_grad():
         assert asks(torch.bfloat16)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import CheckpointError
+from sfumato.io.keymap import some
 from sfumato.model import Trainable
 
 HALVED = ("net.", "conditioner.")  # parts that run in half precision
@@ -55,12 +56,13 @@ def fill_weights(
     for name in own.keys() & weights.keys():
         if own[name].shape != weights[name].shape:
             faults.append(f"{name} is {list(weights[name].shape)}, not {list(own[name].shape)}")
-        elif not bool(torch.isfinite(weights[name]).all()):
-            faults.append(f"{name} is not finite")
     if faults:
         raise CheckpointError(
             f"weights do not fit the model in {len(faults)} places", where=where, seen="; ".join(sorted(faults))
         )
+    if bad := [name for name in own if not bool(torch.isfinite(weights[name]).all())]:
+        fix = "an earlier checkpoint, or another file"
+        raise CheckpointError(f"{len(bad)} weights are not finite numbers", where=where, seen=some(bad), fix=fix)
     made: dict[int, nn.Parameter] = {}  # tied parameters stay tied
     with torch.no_grad():
         for holder, slot, name in _slots(model):
