@@ -170,6 +170,7 @@ NETS = {
     "stable_unet": "sfumato.nets.stable_unet:StableUNet",
     "pixel_unet": "sfumato.nets.pixel_unet:PixelUNet",
     "flux": "sfumato.nets.flux:Flux",
+    "controlled": "sfumato.nets.controlnet:controlled()",
 }
 CODECS = {
     "pixels": "sfumato.codecs:Pixels",
@@ -183,6 +184,10 @@ CONDITIONERS = {
     "joined": "sfumato.conditioners:Joined",
     "text": "sfumato.text:Text",
     "texts": "sfumato.text:Texts",
+    "image": "sfumato.image_conditions:ImageMap",
+    "inpainting": "sfumato.image_conditions:Inpainting",
+    "image_tokens": "sfumato.image_conditions:ImageTokens",
+    "hint": "sfumato.image_conditions:Hint",
 }
 FAMILIES = {
     "stable_diffusion": "sfumato.io.families.stable_diffusion:StableDiffusion",

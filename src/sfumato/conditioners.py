@@ -10,12 +10,14 @@ import json
 import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Generator, Tensor, nn
 
-from sfumato.denoiser import Cond
+from sfumato.codecs import Codec
+from sfumato.data.picture import Image
+from sfumato.denoiser import CONCAT, MASK, Cond
 from sfumato.errors import CheckpointError, ConfigError, DataError, nearest
 from sfumato.nets.layers import Attention, FeedForward
 
@@ -33,7 +35,8 @@ class Source(Protocol):
 class Conditioner(nn.Module):
     """The base of all conditioners.
 
-    fields: the raw fields it reads. context_dim, pooled_dim, classes: what its answers hold, 0 where they do not.
+    fields: the raw fields it reads. context_dim, pooled_dim, classes: what its answers hold, 0 where they do not;
+    channels: of maps that stand beside x_t. pictures: those of the fields that hold pictures.
     unlabelled: whether "no class" is one, too, where there are classes.
     kept: those of the fields that tell of the picture and not of what it shows, and so stay where nothing is said.
     notes: what a person should know of the data that it was prepared for.
@@ -41,8 +44,9 @@ class Conditioner(nn.Module):
 
     fields: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
+    pictures: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    context_dim = pooled_dim = classes = 0
+    context_dim = pooled_dim = classes = channels = 0
     unlabelled = True
 
     def forward(self, raw: Sequence[Raw]) -> Cond:
@@ -55,6 +59,16 @@ class Conditioner(nn.Module):
 
     def of_size(self, size: tuple[int, int]) -> None:
         """Told the height and width of the model's pictures, when the model is built."""
+
+    def of_codec(self, codec: Codec) -> None:
+        """Told what encodes the model's pictures, when the model is built."""
+
+    def examples(self, images: Image | None, raw: Sequence[Raw], rng: Generator) -> list[Raw]:
+        """The raw conditions of pictures (B, H, W, 3) to train on, with what is made of the pictures themselves.
+
+        No images where training has their latents alone; ConfigError where something would have to be made of them.
+        """
+        return list(raw)
 
     def sized(self, raw: Sequence[Raw], size: tuple[int, int]) -> list[Raw]:
         """The raw conditions of pictures of another (height, width) than the model's, where that has to be told."""
@@ -346,14 +360,23 @@ class Prompts(Conditioner):
 
 
 class Joined(Conditioner):
-    """Several conditioners side by side: a class and a prompt, say. Their answers must not overlap."""
+    """Several conditioners side by side: a class and a prompt, say. Their answers must not overlap.
 
-    def __init__(self, parts: Sequence[Conditioner]) -> None:
+    contexts: "one", or "sequence", where the vectors that several give (a prompt's words and a picture's patches, say)
+    stand one after the other, the first part's first. They need one width.
+    """
+
+    def __init__(self, parts: Sequence[Conditioner], *, contexts: Literal["one", "sequence"] = "one") -> None:
         super().__init__()
-        self.parts = nn.ModuleList(parts)
+        if contexts not in ("one", "sequence"):
+            where = "model.conditioner.contexts"
+            raise ConfigError("contexts are joined in no such way", where=where, seen=contexts, fix="sequence")
+        self.parts, self.contexts = nn.ModuleList(parts), contexts
 
     fields = property(lambda self: tuple(field for part in self.parts for field in part.fields))  # type: ignore[assignment]
     kept = property(lambda self: tuple(field for part in self.parts for field in part.kept))  # type: ignore[assignment]
+    pictures = property(lambda self: tuple(field for part in self.parts for field in part.pictures))  # type: ignore[assignment]
+    channels = property(lambda self: sum(part.channels for part in self.parts))  # type: ignore[assignment]
     context_dim = property(lambda self: max(part.context_dim for part in self.parts))  # type: ignore[assignment]
     pooled_dim = property(lambda self: max(part.pooled_dim for part in self.parts))  # type: ignore[assignment]
     classes = property(lambda self: max(part.classes for part in self.parts))  # type: ignore[assignment]
@@ -362,16 +385,23 @@ class Joined(Conditioner):
 
     def forward(self, raw: Sequence[Raw]) -> Cond:
         answers: dict[str, Tensor] = {}
+        words: list[Cond] = []
+        maps: list[Tensor] = []
         for part in self.parts:
-            cond = part(raw)
+            cond = dict(part(raw))
+            if CONCAT in cond:
+                maps.append(cond.pop(CONCAT))
+            if self.contexts == "sequence" and "context" in cond:
+                words.append({key: cond.pop(key) for key in ("context", MASK) if key in cond})
             if twice := answers.keys() & cond.keys():
                 raise ConfigError(
                     "two conditioners give the same thing",
                     where="model.conditioner.parts",
                     seen=", ".join(sorted(twice)),
+                    fix="contexts=sequence" if "context" in twice else None,
                 )
             answers |= cond
-        return answers
+        return answers | (in_sequence(words) if words else {}) | ({CONCAT: side_by_side(maps)} if maps else {})
 
     def change(self, **options: Any) -> None:
         able = [part for part in self._parts() if type(part).change is not Conditioner.change]
@@ -381,6 +411,15 @@ class Joined(Conditioner):
     def of_size(self, size: tuple[int, int]) -> None:
         for part in self._parts():
             part.of_size(size)
+
+    def of_codec(self, codec: Codec) -> None:
+        for part in self._parts():
+            part.of_codec(codec)
+
+    def examples(self, images: Image | None, raw: Sequence[Raw], rng: Generator) -> list[Raw]:
+        for part in self._parts():
+            raw = part.examples(images, raw, rng)
+        return list(raw)
 
     def sized(self, raw: Sequence[Raw], size: tuple[int, int]) -> list[Raw]:
         for part in self._parts():
@@ -405,6 +444,26 @@ class Joined(Conditioner):
 
     def _parts(self) -> list[Conditioner]:
         return [part for part in self.parts if isinstance(part, Conditioner)]
+
+
+def in_sequence(conds: Sequence[Cond]) -> dict[str, Tensor]:
+    """Contexts (B, L, D) one after the other, and their masks where any has one. ConfigError for several widths."""
+    widths = [cond["context"].shape[-1] for cond in conds]
+    if len(set(widths)) > 1:
+        seen = ", ".join(map(str, widths))
+        raise ConfigError("contexts in sequence need one width", where="model.conditioner.parts", seen=seen)
+    context = torch.cat([cond["context"] for cond in conds], 1)
+    if not any(MASK in cond for cond in conds):
+        return {"context": context}
+    whole = [cond["context"].new_ones(cond["context"].shape[:2], dtype=torch.bool) for cond in conds]
+    masks = [cond.get(MASK, one) for cond, one in zip(conds, whole, strict=True)]
+    return {"context": context, MASK: torch.cat(masks, 1)}
+
+
+def side_by_side(maps: Sequence[Tensor]) -> Tensor:
+    """Maps (B, C, h, w) as one, along the channels; those of one place, (B, C, 1, 1), are spread out."""
+    size = max((one.shape[2:] for one in maps), key=torch.Size.numel)
+    return torch.cat([one.expand(-1, -1, *size) if one.shape[2:].numel() == 1 else one for one in maps], 1)
 
 
 class EncoderBlock(nn.Module):

@@ -154,6 +154,19 @@ class LoraSection(Section):
     text: bool = False
 
 
+class ControlSection(Section):
+    """Train a ControlNet of the model that `start` names, and leave the model as it is.
+
+    field: of the data, the picture that it reads. weights: a control to begin with, in place of a copy of the model's
+    own U-Net. hint: widths of the convolutions that read the picture, each after the first halves it; those of the
+    published controls, as many as the model's codec asks for, unless said.
+    """
+
+    field: str = "control"
+    weights: str | None = None
+    hint: Annotated[list[Positive], Field(min_length=1)] | None = None
+
+
 class Config(Section):
     """Everything a run is determined by.
 
@@ -167,6 +180,7 @@ class Config(Section):
     model: ModelSection | None = None
     start: str | None = None
     lora: LoraSection | None = None
+    control: ControlSection | None = None
     objective: Slot = {"kind": "denoising"}
     optim: OptimSection = OptimSection()
     steps: Positive
@@ -264,6 +278,10 @@ def start_problems(raw: dict[str, Any]) -> Iterator[Problem]:
         yield Problem("model", "is missing", "", "start=MODEL trains a model further")
     if raw.get("lora") is not None and raw.get("start") is None:
         yield Problem("lora", "changes a model, and none is named", "", "start=MODEL")
+    if raw.get("control") is not None and raw.get("start") is None:
+        yield Problem("control", "is of a model, and none is named", "", "start=MODEL")
+    if raw.get("control") is not None and raw.get("lora") is not None:
+        yield Problem("control", "is trained alone", "lora", "lora=null")
 
 
 def _misplaced(raw: dict[str, Any]) -> Iterator[Problem]:

@@ -17,6 +17,7 @@ from sfumato.paths import Path, Tabulated, along, log_snr
 from sfumato.predictions import Prediction
 
 MASK = "context_mask"  # which vectors of a "context" count
+CONCAT = "concat"  # maps (B, C', h, w) that stand beside x_t in the network's input
 VARIANCE = "x0_variance"  # the answer that holds more than x0
 
 Cond = Mapping[str, Tensor]  # the network's keyword arguments; every tensor has the batch first
@@ -91,7 +92,9 @@ class Denoiser(nn.Module):
         t = times_like(t, x_t)
         if self.scale_input is not None:
             x_t = (self.scale_input(self.path, along(t, x_t)) * x_t).to(x_t.dtype)  # the network's own, if half
-        y: Tensor = self.net(x_t, self.time_input(self.path, t), **(cond or {}))
+        told = dict(cond or {})
+        given = x_t if CONCAT not in told else beside(x_t, told.pop(CONCAT))
+        y: Tensor = self.net(given, self.time_input(self.path, t), **told)
         parts = 2 if VARIANCE in self.answers else 1
         if y.shape[1] != parts * x_t.shape[1]:
             raise ConfigError(
@@ -107,6 +110,19 @@ class Denoiser(nn.Module):
         y, *variance = self.outputs(x_t, t, cond)
         x0 = self.prediction.x0(self.path, y, x_t, times_like(t, x_t))
         return torch.cat([x0, *variance], 1) if to == VARIANCE else x0
+
+
+def beside(x_t: Tensor, maps: Tensor) -> Tensor:
+    """The network's input: x_t (B, C, h, w), then maps (B, C', h, w), or (B, C', 1, 1) that are the same everywhere.
+
+    ConfigError for maps of another size. Ho et al. 2022, cascades; Rombach et al. 2022, section 3.3.
+    """
+    if maps.shape[2:] != x_t.shape[2:]:
+        if any(side != 1 for side in maps.shape[2:]):
+            seen = f"{tuple(maps.shape[2:])} beside {tuple(x_t.shape[2:])}"
+            raise ConfigError("a picture that is told has another size", where="model.conditioner", seen=seen)
+        maps = maps.expand(-1, -1, *x_t.shape[2:])
+    return torch.cat([x_t, maps.to(x_t)], 1)
 
 
 def times_like(t: float | Tensor, x: Tensor) -> Tensor:
@@ -173,7 +189,7 @@ def on_path(denoise: Denoise, new: Path) -> Bound:
 
 def joined(conds: Sequence[Cond]) -> Cond:
     """Several conditions as one batch. Contexts of unequal length are padded with zeros, their masks with False; where
-    there are none, masks are made, so that no padding is attended to.
+    there are none, masks are made, so that no padding is attended to. Maps that are the same everywhere are spread out.
     """
     keys = conds[0].keys()
     if any(cond.keys() != keys for cond in conds):
@@ -185,10 +201,15 @@ def joined(conds: Sequence[Cond]) -> Cond:
             {**cond, MASK: one.new_ones(one.shape[:2], dtype=torch.bool)}
             for cond, one in zip(conds, whole, strict=True)
         ]
-    return {key: _stacked([cond[key] for cond in conds]) for key in conds[0]}
+    return {key: _stacked([cond[key] for cond in conds], spread=key == CONCAT) for key in conds[0]}
 
 
-def _stacked(parts: Sequence[Tensor]) -> Tensor:
+def _stacked(parts: Sequence[Tensor], *, spread: bool = False) -> Tensor:
+    if spread:  # what is the same everywhere takes the size of the others
+        size = max((part.shape[2:] for part in parts), key=torch.Size.numel)
+        return torch.cat(
+            [part.expand(-1, -1, *(size if part.shape[2:].numel() == 1 else part.shape[2:])) for part in parts]
+        )
     if parts[0].ndim < 2 or len({part.shape[1] for part in parts}) == 1:
         return torch.cat(list(parts))
     longest = max(part.shape[1] for part in parts)

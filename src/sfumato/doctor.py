@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sfumato import files
+from sfumato.conditioners import silent
 from sfumato.data.order import indices
 from sfumato.data.picture import Fields
 from sfumato.errors import ConfigError, DataError
@@ -180,7 +181,8 @@ def _shares(pipeline: Pipeline, images: Tensor, fields: Sequence[Fields]) -> dic
     shares = {}
     with torch.inference_mode():
         x0 = model.codec.encode(images.to(device))
-        conds = [model.cond(raw) for raw in (fields, [{}] * len(fields))]
+        kept = () if model.conditioner is None else model.conditioner.kept
+        conds = [model.cond(raw) for raw in (fields, [silent(one, kept) for one in fields])]
         for time in TIMES:
             t = torch.full((len(x0),), time, device=device)
             x_t = noised(path, x0, torch.randn(x0.shape, generator=rng).to(device), along(t, x0).flatten())

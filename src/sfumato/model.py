@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from sfumato.catalogue import KINDS, build
 from sfumato.codecs import Codec, Latents
 from sfumato.conditioners import Conditioner, Raw
 from sfumato.config import FILLED_IN
+from sfumato.data.picture import Image
 from sfumato.denoiser import VARIANCE, Cond, Denoiser
 from sfumato.errors import ConfigError, MachineError
 from sfumato.objectives.autoencoding import Opponents
@@ -47,6 +48,10 @@ class Trainable(nn.Module):
     def cond(self, raw: Sequence[Raw]) -> Cond:
         """What the network is told for some raw conditions."""
         return {}
+
+    def examples(self, images: Image | None, raw: Sequence[Raw], rng: Generator) -> Sequence[Raw]:
+        """The raw conditions of pictures (B, H, W, 3) to train on, with what is made of the pictures themselves."""
+        return raw
 
     def files(self) -> dict[str, bytes]:
         """What, beside weights, must be kept with it."""
@@ -112,6 +117,9 @@ class Model(Trainable):
 
     def notes(self) -> tuple[str, ...]:
         return () if self.conditioner is None else self.conditioner.notes
+
+    def examples(self, images: Image | None, raw: Sequence[Raw], rng: Generator) -> Sequence[Raw]:
+        return raw if self.conditioner is None else self.conditioner.examples(images, raw, rng)
 
     def known(self, raw: Sequence[Raw]) -> list[dict[str, object]]:
         """Of raw conditions, as data sources give them, the fields that this model reads."""
@@ -235,11 +243,13 @@ def build_model(spec: Mapping[str, Any], source: Any = None, files: Mapping[str,
     channels, inner_height, inner_width = codec.shape(height, width)
     if isinstance(conditioner, Conditioner):
         conditioner.of_size((height, width))
-    known = {"size": (inner_height, inner_width), "in_channels": channels}
+        conditioner.of_codec(codec)
+    told = int(getattr(conditioner, "channels", 0))  # beside x_t
+    known = {"size": (inner_height, inner_width), "in_channels": channels + told}
     known |= {name: getattr(conditioner, name, 0) for name in (*FILLED_IN[1:], "unlabelled")}
     answers = tuple(section.get("answers") or ("x0",))
-    if VARIANCE in answers:
-        known["out_channels"] = 2 * channels
+    if VARIANCE in answers or told:
+        known["out_channels"] = (2 if VARIANCE in answers else 1) * channels
     net = build(_filled(section["net"], known), "Net")
     denoiser = Denoiser(
         net,
@@ -258,6 +268,9 @@ def _filled(slot: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]
     options = options_of(target) if target else None
     taken = {"size", *FILLED_IN} if options is None else options  # of what cannot be looked into, the old promise
     fitting = {name: value for name, value in known.items() if name in taken}
+    inner = slot.get("net")  # of a network around another
+    if isinstance(inner, Mapping):
+        slot = {**slot, "net": _filled(inner, known)}
     return {**fitting, **slot, **({"size": fitting["size"]} if "size" in fitting else {})}
 
 

@@ -8,6 +8,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,21 @@ from sfumato import __version__
 from sfumato.adapters.lora import Living
 from sfumato.catalogue import build
 from sfumato.conditioners import Raw
+from sfumato.controls import Control, Steered, controls_of
+from sfumato.data.given import recorded
 from sfumato.data.picture import Image
-from sfumato.denoiser import Cond
+from sfumato.denoiser import Cond, Denoiser
 from sfumato.errors import ConfigError, DataError, MemoryShortage, nearest
-from sfumato.guidance import guided
+from sfumato.guidance import Guidance, guided
+from sfumato.image_conditions import Inpainting
 from sfumato.io.directory import load_model
+from sfumato.io.families.controlnet import read_control
 from sfumato.io.published import is_published, load_published
 from sfumato.io.tuned import read_tuned
 from sfumato.model import Model, compile_net, pick_device
 from sfumato.names import TUNED, spelled_out
+from sfumato.nets.controlnet import Controlled, ControlNet
+from sfumato.nets.stable_unet import StableUNet
 from sfumato.nets.variants import variant
 from sfumato.paths import noised
 from sfumato.reader import ENCODED, Reader, home, released
@@ -36,7 +43,7 @@ from sfumato.reader import said as spoken
 from sfumato.samplers import SeededNoise, Step, sample
 from sfumato.samples import Samples
 from sfumato.settings import Interval, Settings, fitted_grid, fitted_guidance, is_whole
-from sfumato.starts import Begin, begin, known_where
+from sfumato.starts import Begin, begin, known_where, one_each
 
 Prompt = str | int | Raw | None  # text, a label, the raw fields of a conditioner, or nothing
 Progress = Callable[[int, int], None]  # steps done, of how many
@@ -54,11 +61,14 @@ class Order:
     size: tuple[int, int]
     negative: Raw | None
     begin: Begin | None = None
+    controls: Sequence[Control] = ()
 
     def part(self, start: int, stop: int) -> "Order":
         """Pictures `start` to `stop` of it."""
         begun = None if self.begin is None else self.begin.part(start, stop)
-        return replace(self, raw=self.raw[start:stop], seeds=self.seeds[start:stop], begin=begun)
+        controls = [one.part(start, stop) for one in self.controls]
+        raw, seeds = self.raw[start:stop], self.seeds[start:stop]
+        return replace(self, raw=raw, seeds=seeds, begin=begun, controls=controls)
 
 
 class Pipeline:
@@ -87,6 +97,7 @@ class Pipeline:
         self.text: dict[str, Any] = {}  # options of the text encoders that were changed
         self.precision = precision
         self._variants: dict[str, torch.nn.Module] = {}
+        self.controls: dict[str, ControlNet] = {}  # by name; a path is a name too, and is read when it is asked for
         self.tuned: dict[int, dict[str, Any]] = {}  # slots of samplers made for this model, by number of steps
         self._loras: Living | None = None
         if compile:
@@ -160,6 +171,7 @@ class Pipeline:
         image: Any = None,
         strength: float | None = None,
         mask: Any = None,
+        control: Mapping[str, Any] | None = None,
         batch: int = 64,
         progress: Progress | None = None,
     ) -> Samples:
@@ -169,7 +181,9 @@ class Pipeline:
         picture, or a first one to count from (0). size: (height, width), where the network can. batch: pictures at a
         time. negative: what to steer away from. interval: noise levels (low, high] within which to guide; (0, None) is
         all. image, strength, mask: a picture to start from, the share of the steps to make, and what of it may change
-        (white), see `sfumato.starts.begin`. progress: called with the steps done, and all.
+        (white), see `sfumato.starts.begin`; a model made for inpainting is told both.
+        control: by name or path of a ControlNet its picture, or {"image": ..., "scale": 1.0, "interval": (0, None)}, an
+        interval of noise levels; see `controls`. progress: called with the steps done, and all.
         Raises DataError for words that the model does not know, ConfigError for settings that cannot be.
         """
         changes = {
@@ -181,7 +195,8 @@ class Pipeline:
             "rescale": rescale,
         }
         order = self._order(prompts, seeds, size, negative, changes)
-        order = replace(order, begin=begin(image, mask, strength, len(order.raw), order.size))
+        order = self._begun(order, image, mask, strength)
+        order = replace(order, controls=controls_of(control, len(order.raw), order.size))
         if not (is_whole(batch) and batch >= 1):
             raise ConfigError("a batch holds at least one picture", where="batch", seen=repr(batch), fix="batch=64")
         images, n, each = [], len(order.raw), int(order.settings.steps)
@@ -269,11 +284,14 @@ class Pipeline:
                 lambda: read.instead(raw, order.negative or {}, size),
                 lambda prompt: read.instead(raw, self._raw(prompt), size),
             )
+        forward = self._forward
+        if order.controls:
+            forward, guide = self._steered(order.controls, guide)
         x, denoise = (
             noise(torch.empty(len(order.raw), *shape, device=self.device)),
-            guided(self._forward, path, guide, times, self._variant, self.model.answers),
+            guided(forward, path, guide, times, self._variant, self.model.answers),
         )
-        if order.begin is None:
+        if order.begin is None or order.begin.from_noise:
             x = x * _spread(path, times[0])
         else:
             with torch.inference_mode():
@@ -290,10 +308,29 @@ class Pipeline:
                 return
             yield step
 
-    def _forward(self, x: Tensor, t: Tensor, cond: Cond, **to: str) -> Tensor:
+    def _steered(self, controls: Sequence[Control], guide: Guidance) -> tuple[Callable[..., Tensor], Guidance]:
+        """The forward of the network under controls, and the guidance that tells it their pictures."""
+        nets = [self._control(one.name) for one in controls]
+        own, denoiser = self.model.net, self.model.denoiser
+        base, inside = (own.net, list(own.controls)) if isinstance(own, Controlled) else (own, [])
+        if not isinstance(base, StableUNet):
+            seen = type(base).__name__
+            raise ConfigError("only U-Nets of Stable Diffusion are controlled", where="control", seen=seen)
+        net = Controlled(base, [*inside, *nets])  # type: ignore[list-item]
+        parts = (denoiser.path, denoiser.prediction, denoiser.time_input, denoiser.scale_input, denoiser.answers)
+        steered = Denoiser(net, *parts).eval()
+        hints = [one.hint(net, self.device) for one, net in zip(controls, nets, strict=True)]
+        return partial(self._forward, model=steered), Steered(guide, controls, hints, len(inside))
+
+    def _control(self, name: str) -> ControlNet:
+        if name not in self.controls:
+            self.controls[name] = read_control(Path(name))
+        return self.controls[name].to(self.device)
+
+    def _forward(self, x: Tensor, t: Tensor, cond: Cond, model: torch.nn.Module | None = None, **to: str) -> Tensor:
         try:
             with self._autocast():
-                answer: Tensor = self.model(x, t, cond, **to)
+                answer: Tensor = (model or self.model)(x, t, cond, **to)
             return answer
         except RuntimeError as error:
             raise self._explained(error, x) from error
@@ -375,6 +412,19 @@ class Pipeline:
             )
         return raw
 
+    def _begun(self, order: Order, image: Any, mask: Any, strength: float | None) -> Order:
+        """With a picture to start from; a model made for inpainting is told it, and the mask."""
+        begun = begin(image, mask, strength, len(order.raw), order.size)
+        inside = next((one for one in self.model.modules() if isinstance(one, Inpainting)), None)
+        if begun is None or begun.mask is None or inside is None:
+            return replace(order, begin=begun)
+        if any(ENCODED in one for one in order.raw):
+            what, fix = "an encoded prompt has its picture in it", 'encode({"caption": ..., "image": ..., "mask": ...})'
+            raise ConfigError(what, where="mask", seen="a mask beside it", fix=fix)
+        each = [{inside.image: one, inside.mask: mask} for one in one_each(image, len(order.raw))]
+        raw = [{**one, **own} for one, own in zip(order.raw, each, strict=True)]
+        return replace(order, raw=raw, begin=replace(begun, told=True))
+
     def _raw(self, prompt: Any) -> Raw:
         """A prompt as raw fields."""
         fields: tuple[str, ...] = tuple(getattr(self.model.conditioner, "fields", ()))
@@ -414,7 +464,7 @@ class Pipeline:
     def _said(self, order: Order, i: int) -> dict[str, Any]:
         """All there is to know of picture i."""
         said = {"prompt": _text(order.raw[i]), "seed": order.seeds[i], **order.settings.plain()}
-        fields = spoken(order.raw[i])
+        fields = {name: recorded(value) for name, value in spoken(order.raw[i]).items()}
         if fields.keys() - {"caption"}:
             said["fields"] = fields
         if self.text:
@@ -422,9 +472,11 @@ class Pipeline:
         if self.model.conditioner is None and ENCODED not in order.raw[i]:
             said["guidance"] = 1.0  # whatever is recommended: there was nothing to guide by
         if order.negative is not None and spoken(order.negative).keys() - {"caption"}:
-            said["negative_fields"] = spoken(order.negative)
+            said["negative_fields"] = {name: recorded(value) for name, value in spoken(order.negative).items()}
         if order.begin is not None:
             said |= {"strength": order.begin.strength, "masked": order.begin.mask is not None}
+        if order.controls:
+            said["control"] = [one.plain(i) for one in order.controls]
         if self._loras is not None and (at_work := self._loras.at_work):
             said["loras"] = at_work
         negative = None if order.negative is None else _text(order.negative)
@@ -523,7 +575,8 @@ def _seeds(seeds: Any, n: int) -> list[int]:
 
 def _text(raw: Raw) -> Any:
     """What was asked for, in a word or a sentence."""
-    return raw.get("caption", next(iter(spoken(raw).values()), None))
+    plain = [value for value in spoken(raw).values() if isinstance(value, (str, Integral))]
+    return raw.get("caption", next(iter(plain), None))
 
 
 def _telling(progress: Progress, before: int, whole: int, each: int) -> Callable[[int], None]:

@@ -24,6 +24,7 @@ from sfumato.io.fill import unfilled
 from sfumato.io.pretrained import LATENTS, TINY, codec_from
 from sfumato.model import AutoencoderModel, Model, build_autoencoder, build_model
 from sfumato.overlay import resolved
+from sfumato.train.control import freeze, under_control
 from sfumato.train.start import read_start, with_start
 
 # Peak products in bfloat16, dense, per second, from the makers' data sheets; memory in bytes.
@@ -111,6 +112,7 @@ def built(config: Config) -> Model | AutoencoderModel:
     section, files = resolved(config), None
     if config.start is not None:
         start = read_start(config.start)
+        start = start if config.control is None else under_control(start, config.control, config.seed)
         section, files = resolved(with_start(config, start)), start.files
     model = dict(section["model"])
     model["codec"] = _alone(model["codec"])
@@ -123,6 +125,8 @@ def built(config: Config) -> Model | AutoencoderModel:
             made = build_model(spec, files=files)
             if config.lora is not None:
                 begin(made, config.lora)
+            if config.control is not None:
+                freeze(made)
             return made
         objective = build(config.objective, "Objective")
         return build_autoencoder(spec, getattr(objective, "discriminator", None), getattr(objective, "train", "all"))

@@ -6,18 +6,15 @@ known region along with the noise of each time, and ends on the picture itself.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image as Pillow
-from PIL import ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from sfumato.codecs import Codec
-from sfumato.data.folder import fitted
+from sfumato.data.given import given
 from sfumato.data.picture import Image
 from sfumato.denoiser import Bound
 from sfumato.errors import ConfigError, DataError
@@ -26,15 +23,22 @@ from sfumato.errors import ConfigError, DataError
 @dataclass(frozen=True)
 class Begin:
     """images (N, H, W, 3) uint8, one for each picture; mask (H, W) bool, True where it may change, or None for all;
-    strength: the share of the steps that is made, 1 for all of them.
+    strength: the share of the steps that is made, 1 for all of them. told: the model is told the picture and the mask,
+    and needs no help on the way.
     """
 
     images: Image
     mask: np.ndarray[Any, np.dtype[np.bool_]] | None
     strength: float
+    told: bool = False
 
     def part(self, start: int, stop: int) -> "Begin":
-        return Begin(self.images[start:stop], self.mask, self.strength)
+        return replace(self, images=self.images[start:stop])
+
+    @property
+    def from_noise(self) -> bool:
+        """Whether nothing of the picture is in what sampling starts from."""
+        return self.told and self.strength == 1
 
     def encoded(self, codec: Codec, device: torch.device) -> Tensor:
         """The pictures as the network sees them."""
@@ -43,7 +47,7 @@ class Begin:
 
     def free(self, like: Tensor) -> Tensor | None:
         """The mask for encoded states (1, 1, h, w): 1 where any pixel may change, 0 where all are known."""
-        if self.mask is None:
+        if self.mask is None or self.told:
             return None
         mask = torch.from_numpy(self.mask)[None, None].float()
         return torch.nn.functional.adaptive_max_pool2d(mask, like.shape[-2:]).to(like)
@@ -69,15 +73,20 @@ def begin(image: Any, mask: Any, strength: float | None, n: int, size: tuple[int
         raise ConfigError(
             "a strength lies above 0 and up to 1", where="strength", seen=repr(chosen), fix="strength=0.6"
         )
-    several = isinstance(image, Sequence) and not isinstance(image, str)
-    given = list(image) if several else [image] * n
-    if len(given) != n:
-        raise ConfigError("one picture, or one for each prompt", where="image", seen=f"{len(given)} for {n} prompts")
-    images = np.stack([_picture(one, size) for one in given])
-    free = None if mask is None else _picture(mask, size).mean(-1) > 127
+    images = np.stack([given(one, size) for one in one_each(image, n)])
+    free = None if mask is None else given(mask, size, "mask").mean(-1) > 127
     if free is not None and not free.any():
         raise DataError("the mask leaves nothing to draw: white is redrawn", where="mask", seen="all black")
     return Begin(images, free, float(chosen))
+
+
+def one_each(image: Any, n: int) -> list[Any]:
+    """A picture for each of n, from one for all or a sequence of them."""
+    several = isinstance(image, Sequence) and not isinstance(image, str)
+    each = list(image) if several else [image] * n
+    if len(each) != n:
+        raise ConfigError("one picture, or one for each prompt", where="image", seen=f"{len(each)} for {n} prompts")
+    return each
 
 
 def known_where(denoise: Bound, known: Tensor, free: Tensor) -> Bound:
@@ -87,17 +96,3 @@ def known_where(denoise: Bound, known: Tensor, free: Tensor) -> Bound:
         return torch.lerp(known, denoise(x, t), free)
 
     return Bound(denoise.path, fn)
-
-
-def _picture(source: Any, size: tuple[int, int]) -> Image:
-    """Any kind of picture as (H, W, 3) uint8, fitted to a size."""
-    try:
-        if isinstance(source, (str, Path)):
-            return fitted(Path(source).expanduser(), size)
-        picture = source if isinstance(source, Pillow.Image) else Pillow.fromarray(np.asarray(source))
-        small = ImageOps.fit(picture.convert("RGB"), (size[1], size[0]), Pillow.Resampling.LANCZOS)
-        return np.array(small, np.uint8)
-    except FileNotFoundError:
-        raise DataError("there is no such picture", where=str(source), fix="the path of a PNG or JPEG") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, TypeError, ValueError) as error:
-        raise DataError("this is no picture that can be read", where=str(source)[:200], seen=str(error)) from None

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import Command, told
+from commands import QUICK, Command, told
 from PIL import Image as Pillow
 
 from sfumato.io.pictures import read_settings
@@ -150,3 +150,20 @@ def test_a_model_that_draws_no_numbers_is_told(sfumato: Command, run: Path) -> N
     files.seal(run / "model")
     told(sfumato("sample", run, "a cross", *FAST), 4, "not finite numbers")
     told(sfumato("eval", run, "--per-task", "1", "--held-out", "0", *FAST), 4, "not finite numbers")
+
+
+def test_conditions_beside_the_prompt(sfumato: Command, tmp_path: Path) -> None:
+    words, layout = "{kind: prompts, dim: 16, depth: 1, heads: 1}", "{kind: image, field: layout}"
+    both = f"model.conditioner={{kind: joined, parts: [{words}, {layout}]}}"
+    quick = [word for word in QUICK if not word.startswith("model.conditioner")]
+    assert sfumato("train", "tiny", *quick, "data.layout=places", both).code == 0
+    Pillow.new("RGB", (32, 32), "white").save("white.png")
+    first, other = (
+        sfumato("sample", "runs/tiny", "a red circle", "--condition", f"layout={name}", *FAST, "--json")
+        for name in ("white.png", "gone.png")
+    )
+    said = first.data["pictures"][0]
+    assert said["prompt"] == "a red circle" and said["fields"] == {"caption": "a red circle", "layout": "white.png"}
+    told(other, 4, "gone.png", "no such picture")
+    told(sfumato("sample", "runs/tiny", "--condition", "layout", *FAST), 2, "FIELD=VALUE")
+    told(sfumato("sample", "runs/tiny", "--condition", "lay=white.png", *FAST), 4, "layout")

@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from sfumato.data.scenes import SIZES, TASKS, VOCABULARY, Scenes, parse, recognise
+from sfumato.data.scenes import LAYOUTS, SIZES, TASKS, VOCABULARY, Scenes, parse, recognise
 from sfumato.data.scenes.draw import extents
 from sfumato.errors import ConfigError
 
@@ -152,3 +152,27 @@ def test_options_that_cannot_be_meant_are_refused(options: dict[str, object], wh
     with pytest.raises(ConfigError) as caught:
         Scenes(**options)  # type: ignore[arg-type]
     assert caught.value.where == where
+
+
+@pytest.mark.parametrize("size", SHAPES_OF_PICTURES)
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_a_layout_shows_the_same_things_in_its_own_colours(size: int | tuple[int, int], kind: str) -> None:
+    data, plain = Scenes(size=size, seed=2, layout=kind), Scenes(size=size, seed=2)  # type: ignore[arg-type]
+    for index in range(40):
+        picture, things = data[index], recognise(plain[index].image)
+        assert np.array_equal(picture.image, plain[index].image)
+        layout = picture.fields["layout"]
+        assert isinstance(layout, np.ndarray) and layout.shape == picture.image.shape
+        said = {name: value for name, value in picture.fields.items() if name != "layout"}
+        assert said == plain[index].fields
+        found = recognise(layout)
+        where = [sorted((t.shape, t.size, round(t.cy), round(t.cx)) for t in seen) for seen in (things, found)]
+        assert [one[:2] for one in where[0]] == [one[:2] for one in where[1]]
+        for a, b in zip(*where, strict=True):
+            assert abs(a[2] - b[2]) <= 1 and abs(a[3] - b[3]) <= 1
+        assert all(thing.colour == LAYOUTS[kind][thing.shape] for thing in found)
+
+
+def test_layouts_that_do_not_exist_are_named() -> None:
+    with pytest.raises(ConfigError, match="places"):
+        Scenes(layout="place")  # type: ignore[arg-type]

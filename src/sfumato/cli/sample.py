@@ -29,11 +29,17 @@ def sample(
     seed: int = typer.Option(0, "--seed", help="The first picture's seed; each next one adds 1."),
     file: Path | None = typer.Option(None, "--prompts", help="A file with a prompt on each line.", metavar="FILE"),
     grid: bool = typer.Option(False, "--grid", help="Also all pictures on one sheet."),
+    condition: list[str] | None = typer.Option(
+        None, "--condition", help="What else the model is told: label=3, layout=picture.png, ...", metavar="FIELD=VALUE"
+    ),
     image: Path | None = typer.Option(None, "--image", help="A picture to start from."),
     strength: float | None = typer.Option(
         None, "--strength", help="How much of it may change, above 0 up to 1. [default: 0.6; 1 with a mask]"
     ),
     mask: Path | None = typer.Option(None, "--mask", help="A picture that is white where --image may change."),
+    control: list[str] | None = typer.Option(
+        None, "--control", help="A ControlNet, its picture, and perhaps a scale.", metavar="MODEL:PICTURE[:SCALE]"
+    ),
     size: str | None = typer.Option(None, "--size", help="HEIGHTxWIDTH, where the network can.", metavar="HxW"),
     batch: int = typer.Option(64, "--batch", min=1, help="Pictures at a time."),
     folder: Path | None = typer.Option(None, "--out", help="Where to write. [default: RUN/pictures]"),
@@ -69,7 +75,8 @@ def sample(
     for adapter, scale in map(scaled, lora or []):
         pipeline.load_lora(adapter, scale)
     place = made(folder or home(run) / "pictures")
-    asked = [prompt for prompt in wanted or [None] for _ in range(n)]
+    told = conditions(condition or [])
+    asked = [asking(prompt, told) for prompt in wanted or [None] for _ in range(n)]
     with bar("drawing") as progress:
         drawn = pipeline.sample(
             asked,
@@ -80,6 +87,7 @@ def sample(
             image=image,
             strength=strength,
             mask=mask,
+            control=controls(control or []),
             negative=negative,
             seeds=seed,
             size=height_width,
@@ -98,6 +106,37 @@ def sample(
     for path in [*paths, *([sheet] if sheet else [])]:
         line(path)
     say(f"{len(paths)} picture{'s' * (len(paths) > 1)} in {place}")
+
+
+def conditions(given: list[str]) -> dict[str, str]:
+    """Raw fields from the command line. ConfigError for what is no FIELD=VALUE."""
+    pairs = [one.partition("=") for one in given]
+    for one, (field, sign, value) in zip(given, pairs, strict=True):
+        if not (field and sign and value):
+            raise ConfigError("a condition is FIELD=VALUE", where="--condition", seen=one, fix="--condition label=3")
+    return {field: value for field, _, value in pairs}
+
+
+def controls(given: list[str]) -> dict[str, Any] | None:
+    """Controls from the command line. ConfigError for what is no MODEL:PICTURE[:SCALE]."""
+    found: dict[str, Any] = {}
+    for one in given:
+        parts = one.split(":")
+        scale = parts.pop() if len(parts) > 2 else "1"
+        try:
+            model, picture = parts
+            found[model] = {"image": picture, "scale": float(scale)}
+        except ValueError:
+            what, fix = "a control is MODEL:PICTURE[:SCALE]", "--control canny:edges.png:0.8"
+            raise ConfigError(what, where="--control", seen=one, fix=fix) from None
+        if not (model and picture):
+            raise ConfigError("a control has a model and a picture", where="--control", seen=one)
+    return found or None
+
+
+def asking(prompt: str | None, told: dict[str, str]) -> Any:
+    """What a pipeline is asked for: a prompt alone, or raw fields with it."""
+    return prompt if not told else {**({} if prompt is None else {"caption": prompt}), **told}
 
 
 def scaled(text: str) -> tuple[str, float]:

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from sfumato import text
 from sfumato.codecs import Latents
+from sfumato.conditioners import Conditioner, Joined
 from sfumato.errors import CheckpointError, ConfigError
+from sfumato.image_conditions import Hint, Inpainting
 from sfumato.io.directory import write_weights
 from sfumato.io.families import autoencoder, encoders
 from sfumato.io.keymap import DIFFUSERS, OURS, renamed
@@ -345,6 +347,24 @@ def write_text(place: Path, conditioner: Text | Texts, dtype: torch.dtype) -> No
         for name, data in text.in_folder(one.files(), one.part).items():
             (place / name).parent.mkdir(exist_ok=True)
             (place / name).write_bytes(data)
+
+
+def join_text(
+    text: dict[str, Any], state: Mapping[str, Tensor], files: Mapping[str, bytes], other: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, bytes]]:
+    """A prompt's conditioner joined with another that has no weights: the slot, the weights, the files."""
+    head = "conditioner."
+    moved = {f"{head}parts.0.{key.removeprefix(head)}": value for key, value in state.items()}
+    slot = {"kind": "joined", "parts": [text, dict(other)]}
+    return slot, moved, {f"0.{name}": data for name, data in files.items()}
+
+
+def text_of(conditioner: Conditioner | None) -> Text | None:
+    """The text encoder of a model that is told a prompt, alone or joined with pictures."""
+    if isinstance(conditioner, Joined) and len(conditioner.parts) == 2:
+        first, other = conditioner.parts
+        return first if isinstance(first, Text) and isinstance(other, (Inpainting, Hint)) else None
+    return conditioner if isinstance(conditioner, Text) else None
 
 
 def tokenizer_length(folder: Path, part: str = "tokenizer") -> int:

@@ -6,6 +6,7 @@ the pooled prompt and the picture's size and crop, to the time; latent consisten
 from nothing there is `sfumato.nets.unet`; this one is for checkpoints, and its layers are theirs one by one.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -70,27 +71,83 @@ def preset(name: str, **changes: object) -> StableUNetConfig:
     return replace(PRESETS[name], **changes)  # type: ignore[arg-type]
 
 
-class StableUNet(nn.Module):
-    """Latents (B, in_channels, h, w) and indices of times (B,) from 0 to 999 to (B, out_channels, h, w).
+Told = tuple[Tensor, Tensor | None, Tensor | None]  # what stages are told: summary, context, context_mask
 
-    context: (B, words, context_dim). pooled: (B, pooled_dim). guidance: (B,), the weight scale - 1.
+
+class WayDown(nn.Module):
+    """The first half: from latents to the skips and the middle. A ControlNet is a copy of it.
+
+    widths: of the skips, in the order in which they are made.
     """
 
     def __init__(self, config: StableUNetConfig) -> None:
         super().__init__()
         _checked(config)
-        self.config, self.checkpointing = config, False
+        self.checkpointing, self._shape = False, config
         widths = config.channels
         dim = 4 * widths[0]
         self.time = nn.Sequential(nn.Linear(widths[0], dim), nn.SiLU(), nn.Linear(dim, dim))
         self.guided = zeroed(nn.Linear(config.guidance_dim, widths[0], bias=False)) if config.guidance_dim else None
         self.pooled = _mlp(config.pooled_dim, dim) if config.pooled_dim else None
         self.entry = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.down, kept = self._way_down(dim)
+        self.down, self.widths = self._way_down(dim)
         self.middle = Middle(config, dim)
-        self.up = self._way_up(dim, kept)
-        self.norm = nn.GroupNorm(config.groups, widths[0], eps=1e-5)
-        self.exit = zeroed(nn.Conv2d(widths[0], config.out_channels, 3, padding=1))
+
+    def descended(self, h: Tensor, told: Told) -> tuple[list[Tensor], Tensor]:
+        """The skips, the first of which is h itself, and the middle."""
+        kept = [h]
+        for stage in self.down:
+            kept.append(through(stage, self.checkpointing, kept[-1], *told))
+        return kept, through(self.middle, self.checkpointing, kept[-1], *told)
+
+    def summary(self, x: Tensor, t: Tensor, pooled: Tensor | None, guidance: Tensor | None) -> Tensor:
+        """What residual blocks are told, (B, dim)."""
+        embedded = sinusoid(t, self._shape.channels[0]).to(x.dtype)
+        if self.guided is not None and guidance is not None:
+            scaled = 1000 * guidance.float()
+            waves = sinusoid(scaled, self._shape.guidance_dim, sines_first=True, include_end=True)
+            embedded = embedded + self.guided(waves.to(x.dtype))
+        summary: Tensor = self.time(embedded)
+        if self.pooled is not None and pooled is not None:
+            summary = summary + self.pooled(pooled)
+        return F.silu(summary)
+
+    def _way_down(self, dim: int) -> tuple[nn.ModuleList, list[int]]:
+        config, stages, kept = self._shape, nn.ModuleList(), [self._shape.channels[0]]
+        for level, width in enumerate(config.channels):
+            for _ in range(config.blocks):
+                stages.append(Stage(config, kept[-1], level, dim))
+                kept.append(width)
+            if level + 1 < len(config.channels):
+                stages.append(Down(width))
+                kept.append(width)
+        return stages, kept
+
+    def check_size(self, x: Tensor) -> None:
+        """ConfigError for latents that cannot be halved as often as the levels do."""
+        whole = 2 ** (len(self._shape.channels) - 1)
+        if x.shape[-2] % whole or x.shape[-1] % whole:
+            raise ConfigError(
+                "latents cannot be halved as often as this U-Net does",
+                where="size",
+                seen=f"{x.shape[-2]}x{x.shape[-1]}",
+                fix=f"sizes that are multiples of {whole}",
+            )
+
+
+class StableUNet(WayDown):
+    """Latents (B, in_channels, h, w) and indices of times (B,) from 0 to 999 to (B, out_channels, h, w).
+
+    context: (B, words, context_dim). pooled: (B, pooled_dim). guidance: (B,), the weight scale - 1. residuals: what is
+    added to the skips, one for each in the order of the way down, and last to the middle (`nets.controlnet`).
+    """
+
+    def __init__(self, config: StableUNetConfig) -> None:
+        super().__init__(config)
+        self.config, width = config, config.channels[0]
+        self.up = self._way_up(4 * width, list(self.widths))
+        self.norm = nn.GroupNorm(config.groups, width, eps=1e-5)
+        self.exit = zeroed(nn.Conv2d(width, config.out_channels, 3, padding=1))
 
     def forward(
         self,
@@ -101,43 +158,18 @@ class StableUNet(nn.Module):
         context_mask: Tensor | None = None,
         pooled: Tensor | None = None,
         guidance: Tensor | None = None,
+        residuals: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        self._check_size(x)
-        summary = self._summary(x, t, pooled, guidance)
-        h = self.entry(x)
-        kept = [h]
-        told, recompute = (summary, context, context_mask), self.checkpointing
-        for stage in self.down:
-            h = through(stage, recompute, h, *told)
-            kept.append(h)
-        h = through(self.middle, recompute, h, *told)
+        self.check_size(x)
+        told = (self.summary(x, t, pooled, guidance), context, context_mask)
+        kept, h = self.descended(self.entry(x), told)
+        if residuals is not None:
+            *added, last = residuals
+            kept, h = [one + more for one, more in zip(kept, added, strict=True)], h + last
         for stage in self.up:
-            h = through(stage, recompute, torch.cat([h, kept.pop()], 1), *told)
+            h = through(stage, self.checkpointing, torch.cat([h, kept.pop()], 1), *told)
         out: Tensor = self.exit(F.silu(self.norm(h)))
         return out
-
-    def _summary(self, x: Tensor, t: Tensor, pooled: Tensor | None, guidance: Tensor | None) -> Tensor:
-        """What residual blocks are told, (B, dim)."""
-        embedded = sinusoid(t, self.config.channels[0]).to(x.dtype)
-        if self.guided is not None and guidance is not None:
-            scaled = 1000 * guidance.float()
-            waves = sinusoid(scaled, self.config.guidance_dim, sines_first=True, include_end=True)
-            embedded = embedded + self.guided(waves.to(x.dtype))
-        summary: Tensor = self.time(embedded)
-        if self.pooled is not None and pooled is not None:
-            summary = summary + self.pooled(pooled)
-        return F.silu(summary)
-
-    def _way_down(self, dim: int) -> tuple[nn.ModuleList, list[int]]:
-        config, stages, kept = self.config, nn.ModuleList(), [self.config.channels[0]]
-        for level, width in enumerate(config.channels):
-            for _ in range(config.blocks):
-                stages.append(Stage(config, kept[-1], level, dim))
-                kept.append(width)
-            if level + 1 < len(config.channels):
-                stages.append(Down(width))
-                kept.append(width)
-        return stages, kept
 
     def _way_up(self, dim: int, kept: list[int]) -> nn.ModuleList:
         config, stages, width = self.config, nn.ModuleList(), self.config.channels[-1]
@@ -147,16 +179,6 @@ class StableUNet(nn.Module):
                 stages.append(Stage(config, width + kept.pop(), level, dim, grows=last))
                 width = config.channels[level]
         return stages
-
-    def _check_size(self, x: Tensor) -> None:
-        whole = 2 ** (len(self.config.channels) - 1)
-        if x.shape[-2] % whole or x.shape[-1] % whole:
-            raise ConfigError(
-                "latents cannot be halved as often as this U-Net does",
-                where="size",
-                seen=f"{x.shape[-2]}x{x.shape[-1]}",
-                fix=f"sizes that are multiples of {whole}",
-            )
 
 
 def _mlp(width: int, dim: int) -> nn.Sequential:

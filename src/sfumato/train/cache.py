@@ -28,6 +28,7 @@ from sfumato.errors import ConfigError, DataError
 from sfumato.io.pretrained import codec_from, fill_codec
 from sfumato.model import Model, Trainable, pick_device
 from sfumato.overlay import resolved
+from sfumato.train.control import under_control
 from sfumato.train.pixels import pixels
 from sfumato.train.start import model_of, read_start, with_start
 
@@ -113,7 +114,7 @@ def cache_of(
         }
         latents = LatentStore(folder, about, len(dataset), coder.shape(*dataset.shape))
     described, teller = conditioner
-    if teller is not None and _is_frozen(teller):
+    if teller is not None and not teller.pictures and _is_frozen(teller):
         assert described is not None
         files_ = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(teller.files().items())}
         states = StateStore(folder, {"conditioner": _without(described), "weights": digest(teller), "files": files_})
@@ -183,6 +184,7 @@ def _ends(config: Config, dataset: Dataset) -> tuple[Any, Any, Any, Any]:
     """What stands at the ends of the network of a run: the codec's slot and itself, the conditioner's and itself."""
     if config.start is not None:
         start = read_start(config.start)
+        start = start if config.control is None else under_control(start, config.control, config.seed)
         section = resolved(with_start(config, start))
         model = model_of(start, {name: section[name] for name in ("model", "sampling")} | {"size": list(dataset.shape)})
         if config.lora is not None:

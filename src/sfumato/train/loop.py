@@ -19,6 +19,7 @@ from sfumato.errors import ConfigError, MemoryShortage
 from sfumato.model import pick_device
 from sfumato.overlay import as_yaml, resolved
 from sfumato.train import checkpoint
+from sfumato.train.control import under_control
 from sfumato.train.run import Run
 from sfumato.train.start import FOLDER, read_start, with_start
 from sfumato.train.step import pick_precision
@@ -52,6 +53,7 @@ def train(config: Config, *, run: str | Path, resume: bool = False, stop_after: 
         config = config.model_copy(update={"precision": precision})  # so that the folder says what was meant
         begun = read_start(config.start) if config.start is not None and not resume else None
         if begun is not None:
+            begun = begun if config.control is None else under_control(begun, config.control, config.seed)
             config = with_start(config, begun)
         with closing(Run(config, folder, resume, begun)) as made:
             files.write_atomic(folder / "config.yaml", as_yaml(resolved(config)))

@@ -10,6 +10,7 @@ import torch
 from sfumato import files
 from sfumato.conditioners import Conditioner, Raw
 from sfumato.config import Config
+from sfumato.data.given import is_picture
 from sfumato.data.picture import Dataset, Image
 from sfumato.data.sheet import sheet
 from sfumato.errors import DataError
@@ -48,7 +49,7 @@ def preview(model: Model, device: torch.device, precision: str, raw: Sequence[Ra
     DataError if the model answers with numbers that are not finite.
     """
     drawn = Pipeline(model, device, precision=precision).sample(list(raw))
-    said = [" ".join(map(str, one.values())) for one in raw]
+    said = [" ".join(str(value) for value in one.values() if not is_picture(value)) for one in raw]
     path.parent.mkdir(parents=True, exist_ok=True)
     data = io.BytesIO()
     sheet(list(drawn.images), said).save(data, "PNG")

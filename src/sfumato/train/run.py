@@ -31,6 +31,7 @@ from sfumato.overlay import resolved
 from sfumato.train import checkpoint
 from sfumato.train.cache import cache_for
 from sfumato.train.checkpoint import State
+from sfumato.train.control import freeze
 from sfumato.train.ema import EMA
 from sfumato.train.guard import Guard
 from sfumato.train.keys import key
@@ -157,9 +158,10 @@ class Run:
         """
         size, lora, place = self.dataset.shape, self.config.lora, self.folder / FOLDER
         spec = {"model": self.section["model"], "size": list(size), "sampling": self.section["sampling"]}
-        if start is None and lora is None:
-            return build_model(spec, None, kept)
-        model = model_of(start or read_start(place), spec)
+        fresh = start is None and lora is None
+        model = build_model(spec, None, kept) if fresh else model_of(start or read_start(place), spec)
+        if self.config.control is not None:
+            freeze(model)
         if lora is not None:
             if start is not None:
                 save_model(place, model, {"start": start.where})
@@ -314,7 +316,7 @@ class Run:
         """
         for i, (average, section) in enumerate(zip(self.averages, self.section["ema"], strict=True)):
             facts = {"run": self.config.name, "steps": self.step, "images": self.images, "seed": self.config.seed}
-            more = {name: self.section[name] for name in ("start", "lora") if self.section[name] is not None}
+            more = {name: self.section[name] for name in ("start", "lora", "control") if self.section[name] is not None}
             end = f"-{i}" if i else ""
             if isinstance(self.model, AutoencoderModel):
                 with average.applied(list(self.averaged.values())):

@@ -79,7 +79,8 @@ class Stepper:
         """The objective on one micro-batch, with this address' times, noise and dropped conditions."""
         seed = self.config.seed
         kept = getattr(getattr(self.model, "conditioner", None), "kept", ())
-        raw = dropped(batch.fields, self.config.condition_dropout, generator(seed, "condition", step, micro), kept)
+        fields = self.model.examples(batch.images, batch.fields, generator(seed, "examples", step, micro))
+        raw = dropped(fields, self.config.condition_dropout, generator(seed, "condition", step, micro), kept)
         x0 = clean(self.model, batch, self.device, generator(seed, "latents", step, micro))
         rng = generator(seed, "noise", step, micro)
         with self.autocast():
@@ -87,7 +88,7 @@ class Stepper:
 
     def judged(self, batch: Batch, *address: str | int) -> Loss:
         """The objective on a batch that is not learned from, with this address' times and noise, whole conditions."""
-        raw: Sequence[Raw] = batch.fields
+        raw = self.model.examples(batch.images, batch.fields, generator(self.config.seed, "examples", *address))
         x0 = clean(self.model, batch, self.device, generator(self.config.seed, "latents", *address))
         with self.autocast():
             rng = generator(self.config.seed, *address)

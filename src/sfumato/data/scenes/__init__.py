@@ -8,11 +8,11 @@ combinations that training shows and on such that it never does.
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from random import Random
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -37,8 +37,15 @@ from sfumato.data.scenes.grammar import (
 from sfumato.data.scenes.recognise import recognise
 from sfumato.errors import ConfigError, nearest
 
+# The colours of things in a layout, by their shape.
+LAYOUTS: Mapping[str, Mapping[str, str]] = {
+    "places": dict.fromkeys(SHAPES, "white"),
+    "shapes": dict(zip(SHAPES, ("red", "green", "blue", "yellow"), strict=True)),
+}
+
 __all__ = [
     "COLOURS",
+    "LAYOUTS",
     "RELATIONS",
     "RGB",
     "SHAPES",
@@ -70,6 +77,11 @@ class Scene:
         """The picture (H, W, 3) uint8."""
         return painted(self.things, self.height, self.width, self.background)
 
+    def layout(self, kind: str) -> Image:
+        """Where its things are, (H, W, 3) uint8 on black: "places" in white, "shapes" each kind in a colour."""
+        things = tuple(replace(thing, colour=LAYOUTS[kind][thing.shape]) for thing in self.things)
+        return painted(things, self.height, self.width, 0)
+
 
 @dataclass(frozen=True)
 class Scenes:
@@ -79,6 +91,8 @@ class Scenes:
     split: "train", or "validation" for other pictures of the same kind. tasks: how often each of the six tasks is
     spoken of, in any proportion. rich: the share of longer captions, of up to four fully described objects.
     A picture's label is the task that its caption is of.
+    layout: also the field "layout", a picture of where the things are: "places", white on black, or "shapes", each kind
+    of shape in a colour of its own, whatever its colour in the picture.
     """
 
     classes: ClassVar[tuple[str, ...]] = (*TASKS, "rich")
@@ -89,6 +103,7 @@ class Scenes:
     split: str = "train"
     tasks: Mapping[str, float] | None = None
     rich: float = 0.0
+    layout: Literal["none", "places", "shapes"] = "none"
 
     def __post_init__(self) -> None:
         sides = [self.size] if isinstance(self.size, int) else [*self.size]
@@ -108,6 +123,10 @@ class Scenes:
             raise ConfigError(
                 "a share lies between 0 and 1", where="data.rich", seen=str(self.rich), fix="data.rich=0.2"
             )
+        if self.layout not in ("none", *LAYOUTS):
+            raise ConfigError(
+                "no such layout", where="data.layout", seen=self.layout, fix=nearest(self.layout, LAYOUTS)
+            )
         for task in self.tasks or {}:
             if task not in TASKS:
                 raise ConfigError("scenes has no such task", where="data.tasks", seen=task, fix=nearest(task, TASKS))
@@ -126,7 +145,7 @@ class Scenes:
 
     def __getitem__(self, index: int) -> Picture:
         scene, caption = self.scene(index)
-        return Picture(scene.paint(), {"caption": caption.text, "label": caption.task})
+        return Picture(scene.paint(), self._fields(scene, caption))
 
     def batch(self, indices: Sequence[int]) -> tuple[Image, list[Fields]]:
         """Images (B, H, W, 3) uint8 and their fields."""
@@ -135,8 +154,11 @@ class Scenes:
 
     def fields(self, indices: Sequence[int]) -> list[Fields]:
         """The fields of some pictures, which are not painted for it."""
-        told = (self.scene(int(index))[1] for index in indices)
-        return [{"caption": caption.text, "label": caption.task} for caption in told]
+        return [self._fields(*self.scene(int(index))) for index in indices]
+
+    def _fields(self, scene: Scene, caption: Caption) -> Fields:
+        layout = {} if self.layout == "none" else {"layout": scene.layout(self.layout)}
+        return {"caption": caption.text, "label": caption.task, **layout}
 
     def identity(self) -> str:
         """What the pictures depend on, and some of them, in case they are painted in another way one day."""

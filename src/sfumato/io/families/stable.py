@@ -31,13 +31,20 @@ def slot_of(shape: StableUNetConfig, size: int | list[int]) -> dict[str, object]
 
 def lines(config: StableUNetConfig) -> list[Line]:
     """Every module of a U-Net of this shape."""
-    return [*_ends(config), *_way_down(config), *_middle(config), *_way_up(config)]
+    out = [
+        line(ours="norm", diffusers="conv_norm_out", original="out.0"),
+        line(ours="exit", diffusers="conv_out", original="out.2"),
+    ]
+    return [*first_half(config), *out, *_way_up(config)]
 
 
-def _ends(config: StableUNetConfig) -> Iterator[Line]:
+def first_half(config: StableUNetConfig) -> list[Line]:
+    """Every module up to the middle: what a ControlNet has too."""
+    return [*_entry(config), *_way_down(config), *_middle(config)]
+
+
+def _entry(config: StableUNetConfig) -> Iterator[Line]:
     yield line(ours="entry", diffusers="conv_in", original="input_blocks.0.0")
-    yield line(ours="norm", diffusers="conv_norm_out", original="out.0")
-    yield line(ours="exit", diffusers="conv_out", original="out.2")
     for i, name in ((0, "linear_1"), (2, "linear_2")):
         yield line(ours=f"time.{i}", diffusers=f"time_embedding.{name}", original=f"time_embed.{i}")
         if config.pooled_dim:
@@ -183,7 +190,7 @@ def _shape(
     linear = next(value for key, value in state.items() if key.endswith("proj_in.weight")).ndim == 2
     return StableUNetConfig(
         in_channels=state[entry].shape[1],
-        out_channels=state[exit_].shape[0],
+        out_channels=state[exit_ if exit_ in state else entry].shape[0 if exit_ in state else 1],  # a control has none
         channels=widths,
         blocks=blocks,
         depths=depths,

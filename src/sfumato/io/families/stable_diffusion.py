@@ -1,8 +1,12 @@
-"""Stable Diffusion 1 and 2 as diffusers keeps them: a U-Net on an autoencoder's latents, told a prompt by CLIP."""
+"""Stable Diffusion 1 and 2 as diffusers keeps them: a U-Net on an autoencoder's latents, told a prompt by CLIP.
+
+For inpainting the U-Net also takes a mask and the rest of the picture, nine channels in all: conditions like others.
+Under a ControlNet it is a network of its own kind, whose control is told a picture.
+"""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -10,15 +14,20 @@ from torch import Tensor
 from sfumato.codecs import Latents
 from sfumato.errors import CheckpointError
 from sfumato.io import parts as shared
-from sfumato.io.families import stable, stable_files
+from sfumato.io.families import controlnet, stable, stable_files
 from sfumato.io.family import Published
 from sfumato.io.keymap import DIFFUSERS, OURS, renamed
 from sfumato.io.pretrained import read_json, read_state
 from sfumato.model import Model
+from sfumato.nets.controlnet import Controlled, ControlNet
 from sfumato.nets.stable_unet import StableUNet
 from sfumato.paths import Tabulated
-from sfumato.text import Text
 from sfumato.text.joined import WAVES
+
+CONTROLLED = "StableDiffusionControlNetPipeline"
+INPAINTING = "StableDiffusionInpaintPipeline"
+HINT = {"kind": "hint", "field": "control"}
+TOLD_GUIDANCE = "LatentConsistencyModelPipeline"
 
 
 class StableDiffusion:
@@ -27,20 +36,28 @@ class StableDiffusion:
     pipelines = (
         "StableDiffusionPipeline",
         "StableDiffusionImg2ImgPipeline",
-        "LatentConsistencyModelPipeline",
+        TOLD_GUIDANCE,
         "LatentConsistencyModelImg2ImgPipeline",
+        INPAINTING,
+        CONTROLLED,
     )
 
     def read_folder(self, folder: Path, index: Mapping[str, Any]) -> Published:
         path, prediction, sampling = shared.read_table(folder)
         shape, net = read_unet(folder / "unet")
+        told = shape["guidance_dim"] > 0
         codec, autoencoder, factor = shared.read_vae(folder / "vae")
-        if shape["in_channels"] != codec["latent"]:
-            seen = f"{shape['in_channels']} channels, where the autoencoder has {codec['latent']}"
-            raise CheckpointError(
-                "a U-Net that takes more than latents (inpainting, say)", where=str(folder), seen=seen
-            )
         text, files = shared.read_text(folder)
+        conditioner: dict[str, Any] = {"kind": "text", "length": shared.tokenizer_length(folder)}
+        if shape["in_channels"] == 2 * codec["latent"] + 1:
+            conditioner, text, files = shared.join_text(conditioner, text, files, {"kind": "inpainting"})
+        elif shape["in_channels"] != codec["latent"]:
+            seen = f"{shape['in_channels']} channels, where the autoencoder has {codec['latent']}"
+            raise CheckpointError("a U-Net that takes more than is known here", where=str(folder), seen=seen)
+        size = [int(side) * factor for side in shared.pair(shape["size"])]
+        if controlnet.PART in index:
+            conditioner, text, files = shared.join_text(conditioner, text, files, HINT)
+            shape, net = _under_control(folder, index, shape, net)
         section = {
             "path": path,
             "prediction": prediction,
@@ -48,29 +65,33 @@ class StableDiffusion:
             "scale_input": None,
             "net": shape,
             "codec": codec,
-            "conditioner": {"kind": "text", "length": shared.tokenizer_length(folder)},
+            "conditioner": conditioner,
         }
-        size = [int(side) * factor for side in shared.pair(shape["size"])]
-        sampling = {**(TOLD if shape["guidance_dim"] else {"steps": 50, "guidance": 7.5}), **sampling}
+        sampling = {**(TOLD if told else {"steps": 50, "guidance": 7.5}), **sampling}
         state = net | autoencoder | text
         return Published(section, size, sampling, state, files, shared.facts_of(folder, index))
 
     def owns(self, model: Model) -> bool:
         return (
-            isinstance(model.net, StableUNet)
+            (isinstance(model.net, StableUNet) or (isinstance(model.net, Controlled) and len(model.net.controls) == 1))
             and isinstance(model.codec, Latents)
-            and isinstance(model.conditioner, Text)
+            and shared.text_of(model.conditioner) is not None
             and isinstance(model.denoiser.path, Tabulated)
         )
 
     def write_folder(self, place: Path, model: Model, dtype: torch.dtype) -> None:
-        net, codec, text, path = model.net, model.codec, model.conditioner, model.denoiser.path
+        codec, text, path = model.codec, shared.text_of(model.conditioner), model.denoiser.path
+        net = model.net.net if isinstance(model.net, Controlled) else model.net
         assert isinstance(net, StableUNet) and isinstance(codec, Latents)
-        assert isinstance(text, Text) and isinstance(path, Tabulated)
+        assert text is not None and isinstance(path, Tabulated)
         told = net.config.guidance_dim > 0
         scheduler = shared.scheduler_of_lcm(model.spec["sampling"]) if told else None
         parts = INDEX | ({"scheduler": ["diffusers", scheduler["_class_name"]]} if scheduler else {})
-        shared.write_index(place, self.pipelines[2 if told else 0], parts, model)
+        kind = self.pipelines[0] if text is model.conditioner else INPAINTING
+        if isinstance(model.net, Controlled):
+            kind, parts = CONTROLLED, parts | {controlnet.PART: ["diffusers", "ControlNetModel"]}
+            controlnet.write_control(place / controlnet.PART, cast(ControlNet, model.net.controls[0]), dtype)
+        shared.write_index(place, TOLD_GUIDANCE if told else kind, parts, model)
         shared.write_table(place, path, model.spec["model"]["prediction"], scheduler=scheduler)
         write_unet(place / "unet", net, dtype)
         shared.write_vae(place, codec, dtype)
@@ -89,9 +110,21 @@ class StableDiffusion:
         return found
 
     def write_file(self, model: Model) -> dict[str, Tensor]:
-        net = model.net
+        net = model.net.net if isinstance(model.net, Controlled) else model.net
         assert isinstance(net, StableUNet)
         return stable_files.write(model, "sd2" if net.config.context_dim == stable_files.OPENCLIP else "sd1")
+
+
+def _under_control(
+    folder: Path, index: Mapping[str, Any], shape: Mapping[str, Any], net: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The slot and the weights of a U-Net with the ControlNet that lies beside it."""
+    kind = str(index[controlnet.PART][1])
+    if kind != "ControlNetModel":
+        fix = "--control, once for each"
+        raise CheckpointError("a folder holds one control", where=str(folder), seen=kind, fix=fix)
+    control = controlnet.read_control(folder / controlnet.PART)
+    return controlnet.slot_of(control.config, shape), controlnet.joined(net, control)
 
 
 TOLD: dict[str, Any] = {  # how latent consistency models like to be sampled, which are told the guidance

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from sfumato.codecs import Latents
-from sfumato.errors import CheckpointError
+from sfumato.errors import CheckpointError, ConfigError
 from sfumato.io import parts as shared
 from sfumato.io.families import autoencoder, stable
 from sfumato.io.families.encoders import SD1, SD2, SDXL, Place
@@ -20,6 +20,7 @@ from sfumato.io.family import Published
 from sfumato.io.keymap import ORIGINAL, OURS, renamed, some
 from sfumato.io.pretrained import codec_of, read_json
 from sfumato.model import Model
+from sfumato.nets.controlnet import Controlled
 from sfumato.nets.stable_unet import StableUNet
 
 VAE = autoencoder.PREFIXES[0]
@@ -73,10 +74,12 @@ def read(
         codec, latents, _ = shared.read_vae(parts / "vae")
     else:
         raise CheckpointError("this file has no autoencoder", where=where, fix="--parts FOLDER, one of diffusers")
-    if shape.in_channels != codec["latent"]:
-        seen = f"{shape.in_channels} channels, where the autoencoder has {codec['latent']}"
-        raise CheckpointError("a U-Net that takes more than latents (inpainting, say)", where=where, seen=seen)
     text, files = shared.read_text_file(state, places(kind), parts, where)
+    if kind != "xl" and shape.in_channels == 2 * codec["latent"] + 1:
+        conditioner, text, files = shared.join_text(conditioner, text, files, {"kind": "inpainting"})
+    elif shape.in_channels != codec["latent"]:
+        seen = f"{shape.in_channels} channels, where the autoencoder has {codec['latent']}"
+        raise CheckpointError("a U-Net that takes more than is known here", where=where, seen=seen)
     side = _told(parts, "unet").get("sample_size") or {"sd1": 64, "xl": 128}.get(kind, 96 if prediction == "v" else 64)
     section = {
         "path": path,
@@ -93,7 +96,11 @@ def read(
 
 def write(model: Model, kind: str) -> dict[str, Tensor]:
     """The inverse: a model's weights as the original file of a version names them."""
-    net, codec, conditioner = model.net, model.codec, model.conditioner
+    net, codec = model.net, model.codec
+    conditioner = shared.text_of(model.conditioner) or model.conditioner
+    if isinstance(net, Controlled):
+        what, fix = "a single file holds no control of ours", "--to diffusers"
+        raise ConfigError(what, where="--to single-file", seen="a network under control", fix=fix)
     assert isinstance(net, StableUNet) and isinstance(codec, Latents) and conditioner is not None
     state = renamed(net.state_dict(), stable.lines(net.config), OURS, ORIGINAL, "the network")
     out = {f"{stable.PREFIX}{key}": value for key, value in state.items()}

@@ -1,0 +1,195 @@
+"""ControlNets for Stable Diffusion: diffusers' `ControlNetModel`, and the original files (`control_model.`).
+
+The way down has the names of the U-Net's; beside it are the convolutions that read the picture, those of zeros for the
+skips, and one for the middle. An original file may hold a whole model too, of which only the control is read.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.catalogue import build
+from sfumato.errors import CheckpointError, ConfigError
+from sfumato.io import parts as shared
+from sfumato.io.directory import read_description, read_weights
+from sfumato.io.families import stable
+from sfumato.io.fill import unfilled
+from sfumato.io.keymap import DIFFUSERS, ORIGINAL, OURS, Line, line, renamed, some
+from sfumato.io.pretrained import FILES, read_json, read_state
+from sfumato.nets.controlnet import Controlled, ControlNet, ControlNetConfig
+
+PREFIX = "control_model."
+PART = "controlnet"  # the subfolder of a pipeline
+SAVED = "net.controls.0."  # where a model directory keeps it
+
+
+def lines(config: ControlNetConfig) -> list[Line]:
+    """Every module of a ControlNet of this shape."""
+    last = 2 * (len(config.hint) - 1) + 1
+    between = [
+        line(
+            ours=f"hint.convs.{i}",
+            diffusers=f"controlnet_cond_embedding.blocks.{i - 1}",
+            original=f"input_hint_block.{2 * i}",
+        )
+        for i in range(1, last)
+    ]
+    ends = [
+        line(ours="hint.convs.0", diffusers="controlnet_cond_embedding.conv_in", original="input_hint_block.0"),
+        line(
+            ours=f"hint.convs.{last}",
+            diffusers="controlnet_cond_embedding.conv_out",
+            original=f"input_hint_block.{2 * last}",
+        ),
+        line(ours="leave_middle", diffusers="controlnet_mid_block", original="middle_block_out.0"),
+    ]
+    skips = 1 + len(config.unet.channels) * (config.unet.blocks + 1) - 1
+    leave = [
+        line(ours=f"leave.{i}", diffusers=f"controlnet_down_blocks.{i}", original=f"zero_convs.{i}.0")
+        for i in range(skips)
+    ]
+    return [*stable.first_half(config.unet), *ends, *between, *leave]
+
+
+def config_of(
+    state: Mapping[str, Tensor], layout: str, where: str, told: Mapping[str, Any] | None = None
+) -> ControlNetConfig:
+    """The shape that the weights of diffusers' or the original layout tell. told: a config.json, for what they do not:
+    heads, groups, the order of the colours.
+    """
+    told = told or {}
+    levels = len(told.get("block_out_channels", ()))
+    heads = told.get("num_attention_heads") or told.get("attention_head_dim")  # which means heads, by mistake
+    each = tuple(heads) if isinstance(heads, (list, tuple)) else (int(heads),) * levels if heads else None
+    if told.get("global_pool_conditions"):
+        raise CheckpointError("a control that averages over places is not known here", where=where)
+    try:
+        unet = stable.config_of(state, layout, where, each, int(told.get("norm_num_groups") or 32))
+        first, later = _HINTS[layout]
+        widths = [state[first].shape[0]]
+        while (key := later(len(widths))) in state:
+            widths.append(state[key].shape[0])
+        colours = state[first].shape[1]
+    except (KeyError, StopIteration) as error:
+        raise CheckpointError("a weight of the control is missing", where=where, seen=str(error)) from None
+    return ControlNetConfig(
+        unet,
+        tuple(widths),
+        colours,
+        told.get("controlnet_conditioning_channel_order") == "bgr",
+    )
+
+
+# Of each layout: the first convolution of the hint, and that which makes it smaller for the i-th time.
+_HINTS: dict[str, tuple[str, Any]] = {
+    DIFFUSERS: (
+        "controlnet_cond_embedding.conv_in.weight",
+        lambda i: f"controlnet_cond_embedding.blocks.{2 * i - 1}.weight",
+    ),
+    ORIGINAL: ("input_hint_block.0.weight", lambda i: f"input_hint_block.{4 * i}.weight"),
+}
+
+
+def read_control(path: Path) -> ControlNet:
+    """The control of a folder (`ControlNetModel`, a pipeline with one, a run or model of ours) or of an original file.
+
+    CheckpointError for what is none.
+    """
+    path = Path(path).expanduser()
+    if (path / "model" / "model.json").is_file():
+        path = path / "model"
+    if (path / "model.json").is_file():
+        return _own(path)
+    if (path / PART / "config.json").is_file():
+        path = path / PART
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise CheckpointError("this folder holds no control", where=str(path), fix="config.json of a ControlNetModel")
+    if not path.exists() or (path.is_file() and path.suffix not in FILES):
+        raise CheckpointError("there is no such control", where=str(path), fix="a folder or a file of weights")
+    told = read_json(path / "config.json") if path.is_dir() else {}
+    state = {key: value.float() for key, value in read_state(path).items()}
+    if any(key.startswith(PREFIX) for key in state):
+        state = {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
+    layout = ORIGINAL if "time_embed.0.weight" in state else DIFFUSERS
+    config = config_of(state, layout, str(path), told)
+    return _filled(ControlNet, config, renamed(state, lines(config), layout, OURS, str(path)), str(path))
+
+
+def _own(folder: Path) -> ControlNet:
+    slot = read_description(folder)["model"]["net"]
+    if not isinstance(slot, Mapping) or slot.get("kind") != "controlled":
+        raise CheckpointError("this model has no control", where=str(folder), fix="a run with a section `control`")
+    with unfilled():
+        net = build(slot, "Net")
+    assert isinstance(net, Controlled)
+    state = read_weights(folder / "model.safetensors")
+    mine = {key.removeprefix(SAVED): value for key, value in state.items() if key.startswith(SAVED)}
+    return _filled(ControlNet, net.controls[0].config, mine, str(folder))  # type: ignore[arg-type]
+
+
+def _filled(kind: type[ControlNet], config: ControlNetConfig, state: dict[str, Tensor], where: str) -> ControlNet:
+    with torch.random.fork_rng(devices=[]), unfilled():
+        made = kind(config)
+    own = made.state_dict()
+    faults = [f"{key} is missing" for key in own.keys() - state.keys()]
+    faults += [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
+    if faults:
+        raise CheckpointError("weights do not fit a control", where=where, seen=some(faults))
+    made.load_state_dict(state, assign=True)
+    return made.eval().requires_grad_(False)
+
+
+def slot_of(config: ControlNetConfig, unet: Mapping[str, Any]) -> dict[str, Any]:
+    """The slot of a network with this control, around the slot of its U-Net."""
+    slot: dict[str, Any] = {"kind": "controlled", "net": dict(unet), "hint": list(config.hint)}
+    slot |= {"colours": config.colours, "bgr": config.bgr}
+    shape = {name: getattr(config.unet, name) for name in unet if name not in ("kind", "size", "out_channels")}
+    shape = {name: list(value) if isinstance(value, tuple) else value for name, value in shape.items()}
+    other = {name: value for name, value in shape.items() if value != unet[name]}
+    return slot | ({"unet": other} if other else {})
+
+
+def joined(net: Mapping[str, Tensor], control: ControlNet) -> dict[str, Tensor]:
+    """The weights of a U-Net, whose names begin with `net.`, and of its control, as those of one network."""
+    inner = {f"net.{key}": value for key, value in net.items()}
+    return inner | {f"{SAVED}{key}": value for key, value in control.state_dict().items()}
+
+
+def write_control(folder: Path, control: ControlNet, dtype: torch.dtype) -> None:
+    """diffusers' ControlNetModel."""
+    shared.write_json(folder / "config.json", _config(control.config))
+    state = renamed(control.state_dict(), lines(control.config), OURS, DIFFUSERS, str(folder))
+    shared.write_part(folder / shared.WEIGHTS, state, dtype)
+
+
+def original(control: ControlNet) -> dict[str, Tensor]:
+    """The weights as the original file names them."""
+    state = renamed(control.state_dict(), lines(control.config), OURS, ORIGINAL, "control")
+    return {f"{PREFIX}{key}": value for key, value in state.items()}
+
+
+def _config(config: ControlNetConfig) -> dict[str, Any]:
+    unet = config.unet
+    if unet.pooled_dim:
+        seen = "a control that is told a vector"
+        raise ConfigError("SDXL is not written yet", where="--to diffusers", seen=seen, fix="--to sfumato")
+    return {
+        "_class_name": "ControlNetModel",
+        "_diffusers_version": shared.VERSION,
+        "act_fn": "silu",
+        "attention_head_dim": list(unet.heads),  # which means heads, by mistake
+        "block_out_channels": list(unet.channels),
+        "conditioning_channels": config.colours,
+        "conditioning_embedding_out_channels": list(config.hint),
+        "controlnet_conditioning_channel_order": "bgr" if config.bgr else "rgb",
+        "cross_attention_dim": unet.context_dim,
+        "down_block_types": ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in unet.depths],
+        "in_channels": unet.in_channels,
+        "layers_per_block": unet.blocks,
+        "norm_num_groups": unet.groups,
+        "transformer_layers_per_block": [depth or 1 for depth in unet.depths],
+        "use_linear_projection": unet.linear,
+    }
