@@ -187,6 +187,7 @@ CONDITIONERS = {
     "image": "sfumato.image_conditions:ImageMap",
     "inpainting": "sfumato.image_conditions:Inpainting",
     "image_tokens": "sfumato.image_conditions:ImageTokens",
+    "vision": "sfumato.vision:Vision",
     "hint": "sfumato.image_conditions:Hint",
 }
 FAMILIES = {
