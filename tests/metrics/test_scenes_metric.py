@@ -133,6 +133,14 @@ def test_scores_count_hits_and_overall_is_the_mean_of_tasks() -> None:
     assert scores["held_out"] == {"overall": None, "tasks": {}}
 
 
+def test_a_model_that_reads_the_kind_of_scene_is_told_it() -> None:
+    painter = Painter(lambda said: said["caption"])  # type: ignore[index]
+    painter.model.conditioner.fields = ("label", "caption")
+    assert judged(painter, held_out=0).as_dict()["overall"] == 1.0
+    assert [said["label"] for said, _ in painter.asked[::8]] == list(TASKS)  # type: ignore[index]
+    assert "fields" not in judged(painter).settings
+
+
 def test_held_out_combinations_are_scored_apart() -> None:
     hidden = {caption.text for task in TASKS for caption in prompts(task, 3, held_out=True)}
     scores = judged(Painter(lambda text: None if text in hidden else text)).as_dict()

@@ -86,12 +86,15 @@ def evaluate(
     asked = [(c, False) for task in TASKS for c in prompts(task, per_task, seed=seed)]
     asked += [(c, True) for task in TASKS for c in prompts(task, held_out, held_out=True, seed=seed)]
     seeds = [seed * 1_000_003 + i for i in range(len(asked))]
-    drawn = pipeline.sample([c.text for c, _ in asked], seeds=seeds, batch=batch, progress=progress, **settings)
+    labelled = "label" in getattr(pipeline.model.conditioner, "fields", ())  # the kind of scene is a class
+    said = [{"caption": c.text, "label": c.task} if labelled else c.text for c, _ in asked]
+    drawn = pipeline.sample(said, seeds=seeds, batch=batch, progress=progress, **settings)
     judged = [
         Judged(caption, image, caption.matches(recognise(image)), hidden)
         for (caption, hidden), image in zip(asked, drawn.images, strict=True)
     ]
-    used = {key: value for key, value in drawn.settings[0].items() if key not in ("prompt", "seed", "negative")}
+    once = ("prompt", "seed", "negative", "fields")
+    used = {key: value for key, value in drawn.settings[0].items() if key not in once}
     counts = {"seed": seed, "per_task": per_task, "held_out": held_out}
     return Report(judged, used | counts, time.perf_counter() - started)
 

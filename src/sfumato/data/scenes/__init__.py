@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from random import Random
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -90,9 +90,12 @@ class Scenes:
     size: one side, or (height, width), 32 to 512 px. count: how many pictures; they are drawn when asked for.
     split: "train", or "validation" for other pictures of the same kind. tasks: how often each of the six tasks is
     spoken of, in any proportion. rich: the share of longer captions, of up to four fully described objects.
+    A picture's label is the task that its caption is of.
     layout: also the field "layout", a picture of where the things are: "places", white on black, or "shapes", each kind
     of shape in a colour of its own, whatever its colour in the picture.
     """
+
+    classes: ClassVar[tuple[str, ...]] = (*TASKS, "rich")
 
     size: int | tuple[int, int] = 32
     seed: int = 0
@@ -155,7 +158,7 @@ class Scenes:
 
     def _fields(self, scene: Scene, caption: Caption) -> Fields:
         layout = {} if self.layout == "none" else {"layout": scene.layout(self.layout)}
-        return {"caption": caption.text, "task": caption.task, **layout}
+        return {"caption": caption.text, "label": caption.task, **layout}
 
     def identity(self) -> str:
         """What the pictures depend on, and some of them, in case they are painted in another way one day."""
