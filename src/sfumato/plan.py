@@ -155,7 +155,9 @@ def _counted(model: Model | AutoencoderModel, config: Config) -> tuple[int, int]
         net.checkpointing = True  # type: ignore[assignment]
     half = config.precision in ("bf16", "fp16", "auto")
     if isinstance(model, Model):
-        x = torch.empty(1, *model.codec.shape(*model.size), device="meta")
+        channels, *sides = model.codec.shape(*model.size)
+        channels = int(getattr(getattr(net, "config", None), "in_channels", channels))  # pictures may lie beside x
+        x = torch.empty(1, channels, *sides, device="meta")
         told = {"t": torch.zeros(1, device="meta"), **_told(net, model)}
     else:
         x, told = torch.empty(1, 3, *model.size, device="meta"), {}
