@@ -36,6 +36,7 @@ docs: install ## Serve the documentation at localhost
 bench: install ## Measure what the README claims
 	$(BIN)/python benchmarks/scenes.py
 	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/networks.py
 	$(BIN)/python benchmarks/quickstart.py
 
 clean: ## Remove what was made, except runs
