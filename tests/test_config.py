@@ -152,6 +152,12 @@ def test_slots_are_looked_at_without_a_whole_configuration() -> None:
     assert found["sampling.sampler"].startswith(("ddim", "ddpm")) and found["model.net.dimm"].startswith("dim")
 
 
+def test_a_key_that_is_no_text_is_named() -> None:
+    """YAML reads `null:` as a key that is nothing."""
+    with pytest.raises(ConfigError, match=r"(?s)model\.net\.None.*no option of dit"):
+        load_config("tiny", ["model.net={kind: dit, null: 3}"])
+
+
 def test_a_value_is_dug_out() -> None:
     assert dig({"a": {"b": 3}}, "a.b") == 3
     assert dig({"a": 3}, "a.b") is dig({}, "a") is None

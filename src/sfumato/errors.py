@@ -61,5 +61,5 @@ def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
     far as one wants to read.
     """
     known = sorted(known)
-    some = get_close_matches(name, known, n, 0.5) or (known if len(known) <= MOST else [*known[:MOST], "..."])
+    some = get_close_matches(str(name), known, n, 0.5) or (known if len(known) <= MOST else [*known[:MOST], "..."])
     return ", ".join(some)

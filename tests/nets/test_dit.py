@@ -10,7 +10,8 @@ from tiny import DIT, inputs, made, normal, stirred
 from torch import nn
 
 from sfumato.errors import ConfigError
-from sfumato.nets.dit import PRESETS, Block, DiT, DiTConfig, folded, positions, preset, unfolded
+from sfumato.nets.dit import PRESETS, Block, DiT, DiTConfig, positions, preset
+from sfumato.nets.patches import folded, unfolded
 
 # Parameters of the published class-conditional models of 32x32 latents of 4 channels (Peebles & Xie's code).
 PUBLISHED = {

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tiny import UNET, inputs, made, normal, stirred
 
 from sfumato.errors import ConfigError
-from sfumato.nets.layers import sincos_2d
+from sfumato.nets.layers import resampled, sincos_2d
 from sfumato.nets.unet import AttentionLayer, ResBlock, Stage, UNet, UNetConfig
 
 # ADM (Dhariwal & Nichol 2021, appendix): size, widths, blocks, levels with attention, millions of parameters.
@@ -119,15 +119,15 @@ def block_by_hand(block: ResBlock, x: torch.Tensor, summary: torch.Tensor, group
         g = (g - g.mean(2, keepdim=True)) / torch.sqrt(g.var(2, unbiased=False, keepdim=True) + 1e-5)
         return g.reshape(y.shape) * part.weight[:, None, None] + part.bias[:, None, None]
 
-    def resampled(y: torch.Tensor) -> torch.Tensor:
+    def again(y: torch.Tensor) -> torch.Tensor:
         if block.resample == "down":
             return sum(y[..., i::2, j::2] for i in (0, 1) for j in (0, 1)) / 4  # type: ignore[return-value]
         return y.repeat_interleave(2, 2).repeat_interleave(2, 3) if block.resample == "up" else y
 
-    h = F.conv2d(resampled(F.silu(norm(x, groups[0], block.norm1))), block.conv1.weight, block.conv1.bias, padding=1)
+    h = F.conv2d(again(F.silu(norm(x, groups[0], block.norm1))), block.conv1.weight, block.conv1.bias, padding=1)
     scale, shift = (part[..., None, None] for part in block.modulation(summary).chunk(2, 1))
     h = F.silu(norm(h, groups[1], block.norm2) * (1 + scale) + shift)
-    return block.skip(resampled(x)) + F.conv2d(h, block.conv2.weight, block.conv2.bias, padding=1)
+    return block.skip(again(x)) + F.conv2d(h, block.conv2.weight, block.conv2.bias, padding=1)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_a_residual_block_is_its_formula(width: int, out: int, groups: tuple[int
 def test_fresh_residual_blocks_are_their_shortcut(resample: Any) -> None:
     block = ResBlock(8, 8, 5, 0.0, resample)
     x = torch.randn(2, 8, 4, 6)
-    assert torch.equal(block(x, torch.randn(2, 5)), block._resampled(x))
+    assert torch.equal(block(x, torch.randn(2, 5)), resampled(x, block.resample))
 
 
 @pytest.mark.parametrize("text", ["joint", "cross"])

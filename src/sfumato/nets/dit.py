@@ -16,7 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.errors import ConfigError
-from sfumato.nets.layers import Attention, FeedForward, TimeEmbedding, modulated, rope_2d, sincos_2d, through, zeroed
+from sfumato.nets.layers import (
+    Attention,
+    FeedForward,
+    TimeEmbedding,
+    modulated,
+    rope_2d,
+    sincos_2d,
+    summed,
+    through,
+    zeroed,
+)
+from sfumato.nets.patches import check_patches, folded, grid_of, unfolded
 
 
 @dataclass(frozen=True)
@@ -124,7 +135,7 @@ class DiT(nn.Module):
         pooled: Tensor | None = None,
         sizes: Tensor | None = None,
     ) -> Tensor:
-        grid = self._grid(x)
+        grid = grid_of(x, self.config.patch)
         tokens = self.patches(folded(x, self.config.patch))
         rope = None
         if self.config.positions == "sincos":
@@ -151,12 +162,7 @@ class DiT(nn.Module):
         return tokens
 
     def _summary(self, t: Tensor, label: Tensor | None, pooled: Tensor | None, sizes: Tensor | None) -> Tensor:
-        summary: Tensor = self.time(t)
-        if self.label is not None:
-            none = torch.full_like(t, self.config.classes, dtype=torch.long) if label is None else label
-            summary = summary + self.label(none)
-        if self.pooled is not None and pooled is not None:
-            summary = summary + self.pooled(pooled)
+        summary = summed(self.time(t), label, pooled, self.label, self.pooled)
         if self.sizes is not None and sizes is not None:
             summary = summary + self.sizes(sizes)
         return summary
@@ -172,15 +178,6 @@ class DiT(nn.Module):
             mask = mask | silent & (torch.arange(context.shape[1], device=mask.device) < len(self.unsaid))
         words: Tensor = self.context(context)
         return words, mask
-
-    def _grid(self, x: Tensor) -> tuple[int, int]:
-        height, width = x.shape[-2:]
-        if height % self.config.patch or width % self.config.patch:
-            fix = f"sizes that are multiples of {self.config.patch}"
-            raise ConfigError(
-                "a picture is not a whole number of patches", where="size", seen=f"{height}x{width}", fix=fix
-            )
-        return height // self.config.patch, width // self.config.patch
 
     def _initialise(self) -> None:
         for module in self.modules():
@@ -299,22 +296,7 @@ def _unsaid(config: DiTConfig) -> nn.Parameter:
     return nn.Parameter(torch.randn(config.unsaid, config.context_dim) / config.context_dim**0.5)
 
 
-def folded(x: Tensor, patch: int) -> Tensor:
-    """(B, C, H, W) to (B, H W / patch^2, C patch^2), channels first within a patch."""
-    b, c, h, w = x.shape
-    x = x.reshape(b, c, h // patch, patch, w // patch, patch)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * patch * patch)
-
-
-def unfolded(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
-    """The inverse of `folded`."""
-    h, w = grid
-    x = tokens.reshape(len(tokens), h, w, -1, patch, patch)
-    return x.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, h * patch, w * patch)
-
-
 def _checked(config: DiTConfig) -> None:
-    height, width = (config.size, config.size) if isinstance(config.size, int) else config.size
     where = "model.net"
     if config.span and config.positions == "rope":
         raise ConfigError("rotary positions have no span", where=f"{where}.span", seen="rope", fix=f"{where}.span=0")
@@ -323,16 +305,7 @@ def _checked(config: DiTConfig) -> None:
         raise ConfigError(
             "three numbers share the width evenly", where=f"{where}.sizes", seen=seen, fix="a multiple of 12"
         )
-    for name in ("patch", "dim", "depth", "heads", "in_channels"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name} is at least 1", where=f"{where}.{name}", seen=str(getattr(config, name)))
-    if height % config.patch or width % config.patch:
-        raise ConfigError(
-            "the size is not a whole number of patches",
-            where=f"{where}.patch",
-            seen=f"size {height}x{width}, patch {config.patch}",
-            fix=f"{where}.patch=2",
-        )
+    check_patches(config, "patch", "dim", "depth", "heads", "in_channels")
     if config.dim % config.heads:
         raise ConfigError(
             "the width does not divide into the heads",

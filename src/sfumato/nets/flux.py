@@ -14,8 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.errors import ConfigError
-from sfumato.nets.dit import Head, folded, unfolded
-from sfumato.nets.layers import FeedForward, RMSNorm, TimeEmbedding, attended, modulated, through, turns, zeroed
+from sfumato.nets.dit import Head
+from sfumato.nets.layers import (
+    FeedForward,
+    RMSNorm,
+    TimeEmbedding,
+    attended,
+    mlp,
+    modulated,
+    summed,
+    through,
+    turns,
+    zeroed,
+)
+from sfumato.nets.patches import check_patches, folded, grid_of, unfolded
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines (L, head / 2) of each token's places
 
@@ -95,7 +107,7 @@ class Flux(nn.Module):
         self.entry = nn.Linear(config.in_channels * area, dim)
         self.time = TimeEmbedding(dim)
         self.guided = TimeEmbedding(dim) if config.guidance else None
-        self.pooled = _mlp(config.pooled_dim, dim) if config.pooled_dim else None
+        self.pooled = mlp(config.pooled_dim, dim) if config.pooled_dim else None
         self.label = nn.Embedding(config.classes + 1, dim) if config.classes else None
         self.context = nn.Linear(config.context_dim, dim) if config.context_dim else None
         self.double_blocks: Iterable[DoubleBlock] = nn.ModuleList(  # type: ignore[assignment]
@@ -118,7 +130,7 @@ class Flux(nn.Module):
         pooled: Tensor | None = None,
         guidance: Tensor | None = None,
     ) -> Tensor:
-        height, width = self._grid(x)
+        height, width = grid_of(x, self.config.patch)
         tokens = self.entry(folded(x, self.config.patch))
         words = None if self.context is None or context is None else self.context(context)
         before, mask = 0 if words is None else words.shape[1], None
@@ -138,21 +150,7 @@ class Flux(nn.Module):
         summary: Tensor = self.time(t)
         if self.guided is not None:
             summary = summary + self.guided(1000 * (torch.ones_like(t) if guidance is None else guidance))
-        if self.label is not None:
-            none = torch.full_like(t, self.config.classes, dtype=torch.long) if label is None else label
-            summary = summary + self.label(none)
-        if self.pooled is not None and pooled is not None:
-            summary = summary + self.pooled(pooled)
-        return summary
-
-    def _grid(self, x: Tensor) -> tuple[int, int]:
-        (height, width), patch = x.shape[-2:], self.config.patch
-        if height % patch or width % patch:
-            fix = f"sizes that are multiples of {patch}"
-            raise ConfigError(
-                "a picture is not a whole number of patches", where="size", seen=f"{height}x{width}", fix=fix
-            )
-        return height // patch, width // patch
+        return summed(summary, label, pooled, self.label, self.pooled)
 
     def _initialise(self) -> None:
         for module in self.modules():
@@ -312,26 +310,12 @@ def turned(x: Tensor, rope: Rope) -> Tensor:
     return torch.stack([first * cos - second * sin, first * sin + second * cos], -1).flatten(-2)
 
 
-def _mlp(width: int, dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width, dim), nn.SiLU(), nn.Linear(dim, dim))
-
-
 def _checked(config: FluxConfig) -> None:
-    height, width = (config.size, config.size) if isinstance(config.size, int) else config.size
     where = "model.net"
-    for name in ("patch", "dim", "heads", "in_channels"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name} is at least 1", where=f"{where}.{name}", seen=str(getattr(config, name)))
+    check_patches(config, "patch", "dim", "heads", "in_channels")
     if config.double < 0 or config.single < 0 or config.double + config.single < 1:
         seen = f"double {config.double}, single {config.single}"
         raise ConfigError("a transformer has a block", where=f"{where}.double", seen=seen, fix=f"{where}.double=2")
-    if height % config.patch or width % config.patch:
-        raise ConfigError(
-            "the size is not a whole number of patches",
-            where=f"{where}.patch",
-            seen=f"size {height}x{width}, patch {config.patch}",
-            fix=f"{where}.patch=2",
-        )
     head = config.dim // config.heads
     if config.dim % config.heads or head % 2:
         raise ConfigError(

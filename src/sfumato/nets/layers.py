@@ -34,17 +34,40 @@ def sinusoid(
     return F.pad(torch.cat(waves, -1), (0, dim % 2))
 
 
+def mlp(width: int, dim: int) -> nn.Sequential:
+    """Two linear layers on the last axis, width to dim, with a SiLU between them: how numbers that are told come in."""
+    return nn.Sequential(nn.Linear(width, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+
 class TimeEmbedding(nn.Module):
     """The network's time (B,) -> (B, dim): a sinusoid through a two-layer perceptron."""
 
     def __init__(self, dim: int, frequencies: int = 256) -> None:
         super().__init__()
         self.frequencies = frequencies
-        self.mlp = nn.Sequential(nn.Linear(frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.mlp = mlp(frequencies, dim)
 
     def forward(self, t: Tensor) -> Tensor:
         out: Tensor = self.mlp(sinusoid(t, self.frequencies).to(next(self.mlp.parameters()).dtype))
         return out
+
+
+def summed(
+    summary: Tensor,
+    label: Tensor | None,
+    pooled: Tensor | None,
+    labels: nn.Embedding | None,
+    entry: nn.Module | None,
+) -> Tensor:
+    """What modulations are made from (B, dim): the time's embedding, with that of a class (B,) and of a prompt's
+    summary (B, width) where the network has layers for them. Nothing said of a class is the last one, which means none.
+    """
+    if labels is not None:
+        none = torch.full((len(summary),), labels.num_embeddings - 1, device=summary.device)
+        summary = summary + labels(none if label is None else label)
+    if entry is not None and pooled is not None:
+        summary = summary + entry(pooled)
+    return summary
 
 
 def sincos_2d(
@@ -201,6 +224,13 @@ class FeedForward(nn.Module):
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x (B, L, D) by the sample's shift and scale (B, D): the affine half of an adaptive layer norm."""
     return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
+
+
+def resampled(x: Tensor, way: str | None) -> Tensor:
+    """A feature map (B, C, H, W) of half the size ("down", by means), of twice ("up", by repeating), or as it is."""
+    if way == "down":
+        return F.avg_pool2d(x, 2)
+    return F.interpolate(x, scale_factor=2.0, mode="nearest") if way == "up" else x
 
 
 Module = TypeVar("Module", bound=nn.Module)

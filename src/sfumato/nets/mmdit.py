@@ -14,7 +14,19 @@ from torch import Tensor, nn
 
 from sfumato.errors import ConfigError
 from sfumato.nets.dit import Head
-from sfumato.nets.layers import FeedForward, RMSNorm, TimeEmbedding, attended, modulated, sincos_2d, through, zeroed
+from sfumato.nets.layers import (
+    FeedForward,
+    RMSNorm,
+    TimeEmbedding,
+    attended,
+    mlp,
+    modulated,
+    sincos_2d,
+    summed,
+    through,
+    zeroed,
+)
+from sfumato.nets.patches import check_patches, grid_of
 
 
 @dataclass(frozen=True)
@@ -91,7 +103,7 @@ class MMDiT(nn.Module):
         self.entry = nn.Conv2d(config.in_channels, dim, config.patch, stride=config.patch)
         self.register_buffer("positions", sincos_2d(side, side, dim, step=config.step)[None])
         self.time = TimeEmbedding(dim)
-        self.pooled = _mlp(config.pooled_dim, dim) if config.pooled_dim else None
+        self.pooled = mlp(config.pooled_dim, dim) if config.pooled_dim else None
         self.label = nn.Embedding(config.classes + 1, dim) if config.classes else None
         self.context = nn.Linear(config.context_dim, dim) if config.context_dim else None
         self.blocks: Iterable[JointBlock] = nn.ModuleList(  # type: ignore[assignment]
@@ -124,13 +136,7 @@ class MMDiT(nn.Module):
 
     def _summary(self, t: Tensor, label: Tensor | None, pooled: Tensor | None) -> Tensor:
         """What every modulation is made from, (B, dim)."""
-        summary: Tensor = self.time(t)
-        if self.label is not None:
-            none = torch.full_like(t, self.config.classes, dtype=torch.long) if label is None else label
-            summary = summary + self.label(none)
-        if self.pooled is not None and pooled is not None:
-            summary = summary + self.pooled(pooled)
-        return summary
+        return summed(self.time(t), label, pooled, self.label, self.pooled)
 
     def _places(self, height: int, width: int) -> Tensor:
         """The middle of the table, (1, height * width, dim)."""
@@ -140,21 +146,15 @@ class MMDiT(nn.Module):
         return table[:, top : top + height, left : left + width].flatten(1, 2)
 
     def _grid(self, x: Tensor) -> tuple[int, int]:
-        height, width = x.shape[-2:]
-        patch, side = self.config.patch, self.config.side
-        if height % patch or width % patch:
-            fix = f"sizes that are multiples of {patch}"
-            raise ConfigError(
-                "a picture is not a whole number of patches", where="size", seen=f"{height}x{width}", fix=fix
-            )
-        if max(height, width) > side * patch:
+        grid, side = grid_of(x, self.config.patch), self.config.side
+        if max(grid) > side:
             raise ConfigError(
                 "a picture is larger than the table of positions",
                 where="size",
-                seen=f"{height}x{width}",
-                fix=f"at most {side * patch} a side",
+                seen=f"{x.shape[-2]}x{x.shape[-1]}",
+                fix=f"at most {side * self.config.patch} a side",
             )
-        return height // patch, width // patch
+        return grid
 
     def _initialise(self) -> None:
         for module in self.modules():
@@ -260,10 +260,6 @@ class Heads(nn.Module):
         return out
 
 
-def _mlp(width: int, dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width, dim), nn.SiLU(), nn.Linear(dim, dim))
-
-
 def _unfolded(tokens: Tensor, height: int, width: int, patch: int) -> Tensor:
     """(B, height * width, patch^2 C) to (B, C, H, W), channels last within a patch."""
     x = tokens.reshape(len(tokens), height, width, patch, patch, -1)
@@ -271,18 +267,8 @@ def _unfolded(tokens: Tensor, height: int, width: int, patch: int) -> Tensor:
 
 
 def _checked(config: MMDiTConfig) -> None:
-    height, width = (config.size, config.size) if isinstance(config.size, int) else config.size
     where = "model.net"
-    for name in ("patch", "dim", "depth", "heads", "in_channels"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name} is at least 1", where=f"{where}.{name}", seen=str(getattr(config, name)))
-    if height % config.patch or width % config.patch:
-        raise ConfigError(
-            "the size is not a whole number of patches",
-            where=f"{where}.patch",
-            seen=f"size {height}x{width}, patch {config.patch}",
-            fix=f"{where}.patch=2",
-        )
+    check_patches(config, "patch", "dim", "depth", "heads", "in_channels")
     if config.dim % config.heads or config.dim % 4:
         raise ConfigError(
             "the width is a multiple of 4 that divides into the heads",

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.errors import ConfigError
-from sfumato.nets.layers import Attention, sinusoid, through, zeroed
+from sfumato.nets.layers import Attention, resampled, sinusoid, through, zeroed
 
 
 @dataclass(frozen=True)
@@ -234,20 +234,15 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(width, out, 1) if width != out else nn.Identity()
 
     def forward(self, x: Tensor, summary: Tensor) -> Tensor:
-        h = self.conv1(self._resampled(F.silu(self.norm1(x))))
+        h = self.conv1(resampled(F.silu(self.norm1(x)), self.resample))
         told = self.told(summary)[:, :, None, None]
         if self.scales:
             scale, shift = told.chunk(2, 1)
             h = torch.addcmul(shift, self.norm2(h), 1 + scale)
         else:
             h = self.norm2(h + told)
-        out: Tensor = self.skip(self._resampled(x)) + self.conv2(self.dropout(F.silu(h)))
+        out: Tensor = self.skip(resampled(x, self.resample)) + self.conv2(self.dropout(F.silu(h)))
         return out
-
-    def _resampled(self, x: Tensor) -> Tensor:
-        if self.resample == "down":
-            return F.avg_pool2d(x, 2)
-        return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.resample == "up" else x
 
 
 class AttentionLayer(nn.Module):

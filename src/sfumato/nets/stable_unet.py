@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.errors import ConfigError
-from sfumato.nets.layers import attended, sinusoid, through, zeroed
+from sfumato.nets.layers import attended, mlp, sinusoid, through, zeroed
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class WayDown(nn.Module):
         dim = 4 * widths[0]
         self.time = nn.Sequential(nn.Linear(widths[0], dim), nn.SiLU(), nn.Linear(dim, dim))
         self.guided = zeroed(nn.Linear(config.guidance_dim, widths[0], bias=False)) if config.guidance_dim else None
-        self.pooled = _mlp(config.pooled_dim, dim) if config.pooled_dim else None
+        self.pooled = mlp(config.pooled_dim, dim) if config.pooled_dim else None
         self.entry = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down, self.widths = self._way_down(dim)
         self.middle = Middle(config, dim)
@@ -179,10 +179,6 @@ class StableUNet(WayDown):
                 stages.append(Stage(config, width + kept.pop(), level, dim, grows=last))
                 width = config.channels[level]
         return stages
-
-
-def _mlp(width: int, dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width, dim), nn.SiLU(), nn.Linear(dim, dim))
 
 
 class Stage(nn.Module):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.errors import ConfigError
-from sfumato.nets.layers import Attention, FeedForward, TimeEmbedding, sincos_2d, through, zeroed
+from sfumato.nets.layers import Attention, FeedForward, TimeEmbedding, resampled, sincos_2d, summed, through, zeroed
 
 
 @dataclass(frozen=True)
@@ -125,13 +125,7 @@ class UNet(nn.Module):
         return stages
 
     def _summary(self, t: Tensor, label: Tensor | None, pooled: Tensor | None) -> Tensor:
-        summary: Tensor = self.time(t)
-        if self.label is not None:
-            none = torch.full_like(t, self.config.classes, dtype=torch.long) if label is None else label
-            summary = summary + self.label(none)
-        if self.pooled is not None and pooled is not None:
-            summary = summary + self.pooled(pooled)
-        return F.silu(summary)
+        return F.silu(summed(self.time(t), label, pooled, self.label, self.pooled))
 
     def _check_size(self, x: Tensor) -> None:
         height, width = x.shape[-2:]
@@ -191,16 +185,11 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(width, out, 1) if width != out else nn.Identity()
 
     def forward(self, x: Tensor, summary: Tensor) -> Tensor:
-        h = self.conv1(self._resampled(F.silu(self.norm1(x))))
+        h = self.conv1(resampled(F.silu(self.norm1(x)), self.resample))
         scale, shift = self.modulation(summary)[:, :, None, None].chunk(2, 1)
         h = torch.addcmul(shift, self.norm2(h), 1 + scale)
-        out: Tensor = self.skip(self._resampled(x)) + self.conv2(self.dropout(F.silu(h)))
+        out: Tensor = self.skip(resampled(x, self.resample)) + self.conv2(self.dropout(F.silu(h)))
         return out
-
-    def _resampled(self, x: Tensor) -> Tensor:
-        if self.resample == "down":
-            return F.avg_pool2d(x, 2)
-        return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.resample == "up" else x
 
 
 class AttentionLayer(nn.Module):

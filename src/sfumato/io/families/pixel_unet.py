@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sfumato.errors import CheckpointError
+from sfumato.io.families.stable import residual
 from sfumato.io.keymap import DIFFUSERS, ORIGINAL, OURS, Line, line
 from sfumato.nets.pixel_unet import PixelUNetConfig
 
@@ -67,35 +68,23 @@ def _way_up(config: PixelUNetConfig, kept: Original) -> Iterator[Line]:
 
 
 def _middle(config: PixelUNetConfig, kept: Original) -> Iterator[Line]:
-    yield from _residual("middle.first", "mid_block.resnets.0", "middle_block.0")
-    yield from _residual("middle.second", "mid_block.resnets.1", f"middle_block.{2 if config.middle else 1}")
+    yield from residual("middle.first", "mid_block.resnets.0", "middle_block.0")
+    yield from residual("middle.second", "mid_block.resnets.1", f"middle_block.{2 if config.middle else 1}")
     if config.middle:
         yield from _attention("middle.layer", "mid_block.attentions.0", "middle_block.1", config.middle, kept)
 
 
 def _stage(ours: str, diffusers: str, original: str, j: int, heads: int, kept: Original) -> Iterator[Line]:
-    yield from _residual(f"{ours}.residual", f"{diffusers}.resnets.{j}", f"{original}.0")
+    yield from residual(f"{ours}.residual", f"{diffusers}.resnets.{j}", f"{original}.0")
     if heads:
         yield from _attention(f"{ours}.layer", f"{diffusers}.attentions.{j}", f"{original}.1", heads, kept)
 
 
 def _resampler(ours: str, diffusers: str, original: str, conv: str, config: PixelUNetConfig) -> Iterator[Line]:
     if config.resample == "block":
-        yield from _residual(ours, diffusers, original)
+        yield from residual(ours, diffusers, original)
     else:
         yield line(ours=f"{ours}.conv", diffusers=f"{diffusers}.conv", original=f"{original}.{conv}")
-
-
-def _residual(ours: str, diffusers: str, original: str) -> Iterator[Line]:
-    for name, there, origin in (
-        ("norm1", "norm1", "in_layers.0"),
-        ("conv1", "conv1", "in_layers.2"),
-        ("told", "time_emb_proj", "emb_layers.1"),
-        ("norm2", "norm2", "out_layers.0"),
-        ("conv2", "conv2", "out_layers.3"),
-        ("skip", "conv_shortcut", "skip_connection"),
-    ):
-        yield line(ours=f"{ours}.{name}", diffusers=f"{diffusers}.{there}", original=f"{original}.{origin}")
 
 
 def _attention(ours: str, diffusers: str, original: str, heads: int, kept: Original) -> Iterator[Line]:

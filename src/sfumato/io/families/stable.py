@@ -79,21 +79,22 @@ def _way_up(config: StableUNetConfig) -> Iterator[Line]:
 
 def _middle(config: StableUNetConfig) -> Iterator[Line]:
     last = 2 if config.middle else 1
-    yield from _residual("middle.first", "mid_block.resnets.0", "middle_block.0")
-    yield from _residual("middle.second", "mid_block.resnets.1", f"middle_block.{last}")
+    yield from residual("middle.first", "mid_block.resnets.0", "middle_block.0")
+    yield from residual("middle.second", "mid_block.resnets.1", f"middle_block.{last}")
     if config.middle:
         names = ("middle.transformer", "mid_block.attentions.0", "middle_block.1")
         yield from _transformer(*names, config.middle, config.linear)
 
 
 def _stage(ours: str, diffusers: str, original: str, j: int, depth: int, config: StableUNetConfig) -> Iterator[Line]:
-    yield from _residual(f"{ours}.residual", f"{diffusers}.resnets.{j}", f"{original}.0")
+    yield from residual(f"{ours}.residual", f"{diffusers}.resnets.{j}", f"{original}.0")
     if depth:
         names = (f"{ours}.transformer", f"{diffusers}.attentions.{j}", f"{original}.1")
         yield from _transformer(*names, depth, config.linear)
 
 
-def _residual(ours: str, diffusers: str, original: str) -> Iterator[Line]:
+def residual(ours: str, diffusers: str, original: str) -> Iterator[Line]:
+    """A residual block, which is the same in all U-Nets that descend from ADM's."""
     for name, there, origin in (
         ("norm1", "norm1", "in_layers.0"),
         ("conv1", "conv1", "in_layers.2"),
