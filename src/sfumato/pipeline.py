@@ -7,9 +7,8 @@ its batch. Rows of one batch go through the network together, all branches of th
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -37,38 +36,18 @@ from sfumato.names import TUNED, spelled_out
 from sfumato.nets.controlnet import Controlled, ControlNet
 from sfumato.nets.stable_unet import StableUNet
 from sfumato.nets.variants import variant
+from sfumato.orders import Order, Prompt, raw_of, raws_of, seeds_of, size_of, text_of
 from sfumato.paths import noised
-from sfumato.reader import ENCODED, Reader, home, released
+from sfumato.reader import ENCODED, Reader, home
 from sfumato.reader import said as spoken
 from sfumato.samplers import SeededNoise, Step, sample
 from sfumato.samples import Samples
 from sfumato.settings import Interval, Settings, fitted_grid, fitted_guidance, is_whole
-from sfumato.starts import Begin, begin, known_where, one_each
+from sfumato.starts import begin, known_where, one_each
 
-Prompt = str | int | Raw | None  # text, a label, the raw fields of a conditioner, or nothing
 Progress = Callable[[int, int], None]  # steps done, of how many
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Order:
-    """What is to be drawn, checked: raw conditions and as many seeds, all by the same settings."""
-
-    raw: Sequence[Raw]
-    seeds: Sequence[int]
-    settings: Settings
-    size: tuple[int, int]
-    negative: Raw | None
-    begin: Begin | None = None
-    controls: Sequence[Control] = ()
-
-    def part(self, start: int, stop: int) -> "Order":
-        """Pictures `start` to `stop` of it."""
-        begun = None if self.begin is None else self.begin.part(start, stop)
-        controls = [one.part(start, stop) for one in self.controls]
-        raw, seeds = self.raw[start:stop], self.seeds[start:stop]
-        return replace(self, raw=raw, seeds=seeds, begin=begun, controls=controls)
 
 
 class Pipeline:
@@ -229,10 +208,10 @@ class Pipeline:
 
         size: (height, width) of the pictures, for models that are told it.
         """
-        raw = self._raws(prompts)
+        raw = raws_of(prompts, self.reader)
         if self.model.conditioner is not None:
             self.model.conditioner.check(raw)
-        return self.reader.encode(raw, self._size(size))
+        return self.reader.encode(raw, size_of(size, self.model.size))
 
     def change_text(self, **options: Any) -> None:
         """Other options of the text encoders from now on: emphasis, chunks, skip, length; see `sfumato.text.Text`."""
@@ -282,7 +261,7 @@ class Pipeline:
             guide = order.settings.guide(
                 read.cond(raw, size),
                 lambda: read.instead(raw, order.negative or {}, size),
-                lambda prompt: read.instead(raw, self._raw(prompt), size),
+                lambda prompt: read.instead(raw, raw_of(prompt, self.reader), size),
             )
         forward = self._forward
         if order.controls:
@@ -386,8 +365,8 @@ class Pipeline:
     ) -> Order:
         """Everything that was asked for, checked before anything is computed."""
         settings = self.settings(**changes)
-        raw = self._raws(prompts)
-        against = None if negative is None else self._raw(negative)
+        raw = raws_of(prompts, self.reader)
+        against = None if negative is None else raw_of(negative, self.reader)
         if self.model.conditioner is not None:
             self.model.conditioner.check(raw if against is None else [*raw, against])
         elif changes.get("guidance") not in (None, 1) and not any(ENCODED in one for one in raw):
@@ -400,17 +379,7 @@ class Pipeline:
                 seen=f"guidance {settings.guidance}",
                 fix="guidance=3" if settings.guidance == 1 else "guidance={'kind': 'cfg', 'scale': 3}",
             )
-        return Order(raw, _seeds(seeds, len(raw)), settings, self._size(size), against)
-
-    def _raws(self, prompts: Prompt | Sequence[Prompt]) -> list[Raw]:
-        """One prompt or several as raw fields."""
-        single = prompts is None or isinstance(prompts, (str, Mapping, Integral))
-        raw = [self._raw(one) for one in ([prompts] if single else list(prompts))]  # type: ignore[arg-type]
-        if not raw:
-            raise ConfigError(
-                "nothing to draw", where="prompts", seen="an empty list", fix="prompts=[None] draws without a condition"
-            )
-        return raw
+        return Order(raw, seeds_of(seeds, len(raw)), settings, size_of(size, self.model.size), against)
 
     def _begun(self, order: Order, image: Any, mask: Any, strength: float | None) -> Order:
         """With a picture to start from; a model made for inpainting is told it, and the mask."""
@@ -425,45 +394,9 @@ class Pipeline:
         raw = [{**one, **own} for one, own in zip(order.raw, each, strict=True)]
         return replace(order, raw=raw, begin=replace(begun, told=True))
 
-    def _raw(self, prompt: Any) -> Raw:
-        """A prompt as raw fields."""
-        fields: tuple[str, ...] = tuple(getattr(self.model.conditioner, "fields", ()))
-        if prompt is None or (isinstance(prompt, Mapping) and not prompt):
-            return {}
-        if isinstance(prompt, Mapping) and ENCODED in prompt:
-            return prompt
-        if self.reader.released:
-            raise released(prompt)
-        if self.model.conditioner is None:
-            raise DataError(
-                "this model takes no conditions", where="prompts", seen=str(prompt), fix="leave the prompt out"
-            )
-        if isinstance(prompt, Mapping):
-            if fields and (unknown := sorted(str(name) for name in prompt.keys() - set(fields))):
-                raise DataError(
-                    "this model reads no such field", where="prompts", seen=unknown[0], fix=nearest(unknown[0], fields)
-                )
-            return prompt
-        if not isinstance(prompt, (str, Integral)):
-            raise DataError(
-                "a prompt is text, or a mapping of raw fields", where="prompts", seen=repr(prompt), fix=str(fields)
-            )
-        usual = "caption" if isinstance(prompt, str) else "label"
-        return {usual if usual in fields or not fields else fields[0]: prompt}
-
-    def _size(self, size: Any) -> tuple[int, int]:
-        if size is None:
-            return self.model.size
-        pair = [size, size] if is_whole(size) else list(size) if isinstance(size, (tuple, list)) else []
-        if len(pair) != 2 or not all(is_whole(one) and one >= 1 for one in pair):
-            raise ConfigError(
-                "a size is a height and a width, from 1", where="size", seen=repr(size), fix=f"size={self.model.size}"
-            )
-        return int(pair[0]), int(pair[1])
-
     def _said(self, order: Order, i: int) -> dict[str, Any]:
         """All there is to know of picture i."""
-        said = {"prompt": _text(order.raw[i]), "seed": order.seeds[i], **order.settings.plain()}
+        said = {"prompt": text_of(order.raw[i]), "seed": order.seeds[i], **order.settings.plain()}
         fields = {name: recorded(value) for name, value in spoken(order.raw[i]).items()}
         if fields.keys() - {"caption"}:
             said["fields"] = fields
@@ -479,7 +412,7 @@ class Pipeline:
             said["control"] = [one.plain(i) for one in order.controls]
         if self._loras is not None and (at_work := self._loras.at_work):
             said["loras"] = at_work
-        negative = None if order.negative is None else _text(order.negative)
+        negative = None if order.negative is None else text_of(order.negative)
         facts = {"model": self.model.facts} if self.model.facts else {}
         return {
             **said,
@@ -554,29 +487,6 @@ def _spread(path: Any, t: Tensor) -> float:
     """
     t = t.to("cpu", torch.float64)
     return math.hypot(float(path.alpha(t)), float(path.sigma(t)))
-
-
-def _seeds(seeds: Any, n: int) -> list[int]:
-    """A seed for each of n pictures."""
-    if seeds is None or is_whole(seeds):
-        return [int(seeds or 0) + i for i in range(n)]
-    given = list(seeds)
-    if len(given) != n:
-        raise ConfigError(
-            "one seed a picture is needed",
-            where="seeds",
-            seen=f"{len(given)} seeds for {n} pictures",
-            fix="seeds=0 counts from 0",
-        )
-    if wrong := [seed for seed in given if not is_whole(seed)]:
-        raise ConfigError("a seed is a whole number", where="seeds", seen=repr(wrong[0]), fix="seeds=0 counts from 0")
-    return [int(seed) for seed in given]
-
-
-def _text(raw: Raw) -> Any:
-    """What was asked for, in a word or a sentence."""
-    plain = [value for value in spoken(raw).values() if isinstance(value, (str, Integral))]
-    return raw.get("caption", next(iter(plain), None))
 
 
 def _telling(progress: Progress, before: int, whole: int, each: int) -> Callable[[int], None]:
