@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from sfumato.conditioners import PAD, UNKNOWN, Conditioner, Joined, Labels, Prompts, Sizes, Source, dropped
+from sfumato.conditioners import Conditioner, Joined, Labels, Sizes, Source, dropped
 from sfumato.data.scenes import Scenes
 from sfumato.errors import CheckpointError, ConfigError, DataError
 from sfumato.nets.dit import DiT, DiTConfig
+from sfumato.prompts import PAD, UNKNOWN, Prompts
 
 
 class Captions:

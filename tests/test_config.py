@@ -176,7 +176,7 @@ from dataclasses import dataclass
 
 import torch
 
-import sfumato.codecs, sfumato.conditioners, sfumato.data.folder, sfumato.denoiser, sfumato.nets.dit, sfumato.paths
+import sfumato.codecs, sfumato.prompts, sfumato.data.folder, sfumato.denoiser, sfumato.nets.dit, sfumato.paths
 import sfumato.predictions, sfumato.times, sfumato.train.optim
 from sfumato.objectives.denoising import Denoising
 from sfumato.objectives.weights import Flat
@@ -221,7 +221,7 @@ class Codec(sfumato.codecs.Pixels):
         return super().encode(images)
 
 
-class Conditioner(sfumato.conditioners.Prompts):
+class Conditioner(sfumato.prompts.Prompts):
     def forward(self, raw):
         used.append("conditioner")
         return super().forward(raw)

@@ -10,7 +10,7 @@ from PIL import Image as Pillow
 
 from sfumato import load
 from sfumato.codecs import Latents, Pixels
-from sfumato.conditioners import Conditioner, Joined, Labels, Prompts
+from sfumato.conditioners import Conditioner, Joined, Labels
 from sfumato.denoiser import CONCAT, MASK, Denoiser, joined
 from sfumato.errors import ConfigError, DataError
 from sfumato.image_conditions import ImageMap, ImageTokens, Inpainting
@@ -20,6 +20,7 @@ from sfumato.model import Model, build_model
 from sfumato.paths import Linear
 from sfumato.pipeline import Pipeline
 from sfumato.predictions import VELOCITY
+from sfumato.prompts import Prompts
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (16, 24)) -> np.ndarray[Any, Any]:

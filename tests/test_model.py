@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from sfumato.codecs import Pixels
-from sfumato.conditioners import Labels, Prompts
+from sfumato.conditioners import Labels
 from sfumato.errors import ConfigError, MachineError
 from sfumato.model import build_model, compile_net, pick_device
+from sfumato.prompts import Prompts
 
 TOYS = """
 from torch import nn

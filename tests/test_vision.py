@@ -10,10 +10,11 @@ import torch
 from tests.clip import randomised
 
 from sfumato import load
-from sfumato.conditioners import Joined, Prompts
+from sfumato.conditioners import Joined
 from sfumato.data.scenes import Scenes
 from sfumato.errors import CheckpointError, ConfigError
 from sfumato.overlay import load_config
+from sfumato.prompts import Prompts
 from sfumato.train import train
 from sfumato.vision import Vision
 

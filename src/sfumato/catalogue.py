@@ -180,7 +180,7 @@ CODECS = {
 CONDITIONERS = {
     "labels": "sfumato.conditioners:Labels",
     "sizes": "sfumato.conditioners:Sizes",
-    "prompts": "sfumato.conditioners:Prompts",
+    "prompts": "sfumato.prompts:Prompts",
     "joined": "sfumato.conditioners:Joined",
     "text": "sfumato.text:Text",
     "texts": "sfumato.text:Texts",

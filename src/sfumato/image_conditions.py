@@ -14,12 +14,13 @@ from PIL import Image as Pillow
 from torch import Generator, Tensor, nn
 
 from sfumato.codecs import Codec
-from sfumato.conditioners import Conditioner, EncoderBlock, Raw
+from sfumato.conditioners import Conditioner, Raw
 from sfumato.data.given import given
 from sfumato.data.picture import Image
 from sfumato.denoiser import CONCAT, Cond
 from sfumato.errors import ConfigError, DataError
 from sfumato.nets.controlnet import HINT, SCALE
+from sfumato.prompts import EncoderBlock
 
 Size = tuple[int, int]
 

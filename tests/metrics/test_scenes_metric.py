@@ -11,13 +11,14 @@ import pytest
 import torch
 from PIL import Image as Pillow
 
-from sfumato.conditioners import Labels, Prompts
+from sfumato.conditioners import Labels
 from sfumato.data.scenes import TASKS, Scene, Scenes, parse, prompts
 from sfumato.data.scenes.draw import arranged
 from sfumato.errors import ConfigError, DataError
 from sfumato.metrics.intervals import mean_of_shares, wilson
 from sfumato.metrics.scenes import HIT, MISS, Report, evaluate
 from sfumato.pipeline import Samples
+from sfumato.prompts import Prompts
 
 
 class Taught(Prompts):

@@ -17,11 +17,11 @@ import torch
 from PIL import Image as Pillow
 from runs import bytes_of, damage, kept, rows_of, stopped
 
-from sfumato.conditioners import Prompts
 from sfumato.config import Config
 from sfumato.errors import CheckpointError, Interrupted, MachineError
 from sfumato.io.directory import load_model
 from sfumato.overlay import as_yaml, resolved
+from sfumato.prompts import Prompts
 from sfumato.train import checkpoint, train
 from sfumato.train.run import Run
 from sfumato.train.step import Stepper
