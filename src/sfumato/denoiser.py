@@ -193,9 +193,7 @@ def translated(path: Path, to: Path, x_t: Tensor, t: Tensor) -> tuple[Tensor, Te
     """
     s = to.time(log_snr(path, t))
     alpha = path.alpha(t)
-    ratio = torch.where(
-        alpha > 0, to.alpha(s) / alpha.where(alpha > 0, torch.ones_like(alpha)), to.sigma(s) / path.sigma(t)
-    )
+    ratio = torch.where(alpha > 0, to.alpha(s) / alpha.clamp(min=1e-30), to.sigma(s) / path.sigma(t))
     return x_t * along(ratio, x_t).to(x_t), s
 
 

@@ -42,5 +42,5 @@ def along_direction(
     wide = [one.to(torch.promote_types(one.dtype, torch.float32)) for one in at]
     along = [one.to(two.dtype) for one, two in zip(direction, wide, strict=True)]
     with torch.autocast(wide[0].device.type, enabled=False), taking():
-        both: tuple[Tensor, Tensor] = torch.func.jvp(fn, tuple(wide), tuple(along))
-    return both
+        both = torch.func.jvp(fn, tuple(wide), tuple(along))
+    return both[0], both[1]

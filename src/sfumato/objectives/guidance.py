@@ -1,7 +1,7 @@
 """Guidance distillation: what a guided teacher answers with two calls, a student answers with one.
 
-Meng et al. 2023, stage one: at every time the student's answer is pulled to the teacher's guided one, under a scale that
-it is told, drawn anew for each sample; or under the teacher's own guidance, of any kind, which it then has within.
+Meng et al. 2023, stage one: at every time the student's answer is pulled to the teacher's guided one, under a scale
+that it is told, drawn anew for each sample; or under the teacher's own guidance, of any kind, which it then has within.
 Guided answers are a denoiser like any other, so the student has the teacher's path, prediction and samplers.
 """
 
@@ -14,7 +14,7 @@ from sfumato.denoiser import Cond
 from sfumato.errors import ConfigError
 from sfumato.objectives.denoising import Denoising, Loss
 from sfumato.objectives.teaching import Lesson
-from sfumato.objectives.weights import SNRPlusOne, Weight
+from sfumato.objectives.weights import Flat, Weight
 from sfumato.paths import noised
 from sfumato.predictions import Prediction
 from sfumato.times import Density, Uniform
@@ -30,7 +30,7 @@ class GuidanceDistillation:
 
     scales: tuple[float, float] | None = None
     times: Density = Uniform()
-    weight: Weight = SNRPlusOne()
+    weight: Weight = Flat()
     space: Prediction | None = None
 
     def __post_init__(self) -> None:

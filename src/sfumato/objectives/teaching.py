@@ -153,7 +153,7 @@ class Follows(Protocol):
     """A method with a slow copy of the student."""
 
     def follow(self, step: int, steps: int) -> float:
-        """How much of the slow copy stays after step `step` (from 0) of `steps`: 0 copies the student, 1 stands still."""
+        """How much of the slow copy stays after step `step` (from 0) of `steps`: 0 copies the student, 1 keeps all."""
         ...
 
 
