@@ -235,21 +235,31 @@ def unit_variance(sigma_data: float = 0.5) -> OfTime:
 
 
 def on_path(denoise: Denoise, new: Path) -> Bound:
-    """The same denoiser spoken to in another path's coordinates: equal log_snr, rescaled x. Needs alpha > 0."""
-
-    def time(s: float | Tensor) -> tuple[Tensor, Tensor]:
-        s = torch.as_tensor(s, dtype=torch.float64 if isinstance(s, float) else None)
-        return s, denoise.path.time(log_snr(new, s))
+    """The same denoiser spoken to in another path's coordinates: equal log_snr, rescaled x."""
 
     def fn(x: Tensor, s: float | Tensor, *, until: float | Tensor | None = None, **asked: Any) -> Tensor:
-        s, t = time(s)
-        ratio = denoise.path.alpha(along(t, x)) / new.alpha(along(s, x))
         if until is not None:
-            end = time(until)[1]
+            end = denoise.path.time(log_snr(new, _precise(until)))
             asked["until"] = end if end.ndim else float(end)
-        return denoise(x * ratio.to(x), t if t.ndim else float(t), **asked)
+        x, t = translated(new, denoise.path, x, _precise(s))
+        return denoise(x, t if t.ndim else float(t), **asked)
 
     return Bound(new, fn, denoise.answers)
+
+
+def _precise(t: float | Tensor) -> Tensor:
+    return torch.as_tensor(t, dtype=torch.float64 if isinstance(t, float) else None)
+
+
+def translated(path: Path, to: Path, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """A state at times () or (B,) on one path as it is on another, where the noise level is the same: (x, times).
+
+    Pure noise is the same on all paths, but for its size.
+    """
+    s = to.time(log_snr(path, t))
+    alpha = path.alpha(t)
+    ratio = torch.where(alpha > 0, to.alpha(s) / alpha.clamp(min=1e-30), to.sigma(s) / path.sigma(t))
+    return x_t * along(ratio, x_t).to(x_t), s
 
 
 def joined(conds: Sequence[Cond]) -> Cond:
