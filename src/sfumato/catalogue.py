@@ -103,10 +103,18 @@ OBJECTIVES = {
     "vdm": "sfumato.objectives.vdm:VDM",
     "autoencoder": "sfumato.objectives.autoencoding:Autoencoding",
     "guidance": "sfumato.objectives.guidance:GuidanceDistillation",
+    "consistency_distillation": "sfumato.objectives.consistency:ConsistencyDistillation",
+    "consistency_training": "sfumato.objectives.consistency:ConsistencyTraining",
 }
 # What makes a student of a model: the objectives of these names are called with a `Lesson`.
 METHODS = {
     "guidance": Method("the guided answer of the teacher in one call, for one scale or any that it is told"),
+    "consistency_distillation": Method(
+        "where the teacher's guided flow ends, from steps of a solver (CD)", answers=("endpoint",), slow=True
+    ),
+    "consistency_training": Method(
+        "where the flow ends, from data alone (CT)", teacher="none", answers=("endpoint",), slow=True
+    ),
 }
 DISTANCES = {
     "laplacian": "sfumato.objectives.distances:Laplacian",

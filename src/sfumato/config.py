@@ -253,6 +253,8 @@ SLOTS = {
     "objective.space": "Prediction",
     "objective.distance": "Distance",
     "objective.discriminator": "Discriminator",
+    "objective.grid": "Grid",
+    "objective.solver": "Sampler",
     "sampling.sampler": "Sampler",
     "sampling.grid": "Grid",
 }
