@@ -105,6 +105,9 @@ OBJECTIVES = {
     "guidance": "sfumato.objectives.guidance:GuidanceDistillation",
     "consistency_distillation": "sfumato.objectives.consistency:ConsistencyDistillation",
     "consistency_training": "sfumato.objectives.consistency:ConsistencyTraining",
+    "improved_consistency_training": "sfumato.objectives.improved_consistency:ImprovedConsistencyTraining",
+    "easy_consistency_training": "sfumato.objectives.improved_consistency:EasyConsistencyTraining",
+    "continuous_consistency": "sfumato.objectives.continuous_consistency:ContinuousConsistency",
 }
 # What makes a student of a model: the objectives of these names are called with a `Lesson`.
 METHODS = {
@@ -114,6 +117,19 @@ METHODS = {
     ),
     "consistency_training": Method(
         "where the flow ends, from data alone (CT)", teacher="none", answers=("endpoint",), slow=True
+    ),
+    "improved_consistency_training": Method(
+        "where the flow ends, from data alone, without a slow copy (iCT)", teacher="none", answers=("endpoint",)
+    ),
+    "easy_consistency_training": Method(
+        "where the flow ends, from data, going on from a diffusion model (ECT)", teacher="none", answers=("endpoint",)
+    ),
+    "continuous_consistency": Method(
+        "where the flow ends, in continuous time, of a teacher or of data alone (sCD, sCT)",
+        teacher="optional",
+        answers=("endpoint",),
+        critic=True,
+        derivative=True,
     ),
 }
 DISTANCES = {
