@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.objectives.taught import knows, lesson, rng, teacher_of
+from taught import knows, lesson, rng, teacher_of
 from torch import Tensor, nn
 
 from oracles import SHAPES, gaussian_like

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.objectives.taught import Small, four_modes, rng, sliced_wasserstein, teacher_of
+from taught import Small, four_modes, rng, sliced_wasserstein, teacher_of
 from torch import Generator, Tensor
 
 from sfumato.catalogue import SAMPLERS

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tests.objectives.taught import knows, lesson, rng, teacher_of
+from taught import knows, lesson, rng, teacher_of
 from torch import Tensor
 
 from oracles import SHAPES, Gaussian, gaussian_like, mixture_like

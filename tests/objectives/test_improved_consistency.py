@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tests.objectives.taught import knows, lesson, rng
+from taught import knows, lesson, rng
 
 from oracles import SHAPES, gaussian_like
 from sfumato.errors import ConfigError
