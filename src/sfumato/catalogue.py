@@ -81,6 +81,11 @@ WEIGHTS = {
     "elbo": "sfumato.objectives.weights:ELBO",
     "sigmoid": "sfumato.objectives.weights:Sigmoid",
 }
+COUPLINGS = {
+    "independent": "sfumato.objectives.couplings:Independent",
+    "optimal_transport": "sfumato.objectives.couplings:OptimalTransport",
+    "schroedinger_bridge": "sfumato.objectives.couplings:SchroedingerBridge",
+}
 OBJECTIVES = {
     "denoising": "sfumato.objectives.denoising:Denoising",
     "vdm": "sfumato.objectives.vdm:VDM",
@@ -220,6 +225,7 @@ KINDS: Mapping[str, Mapping[str, str]] = {
     "Density": DENSITIES,
     "Uniform": DENSITIES,  # `Stratified.of` takes only some densities, and names them
     "Weight": WEIGHTS,
+    "Coupling": COUPLINGS,
     "Objective": OBJECTIVES,
     "Distance": DISTANCES,
     "Discriminator": DISCRIMINATORS,

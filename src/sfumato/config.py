@@ -232,6 +232,7 @@ SLOTS = {
     "objective.times": "Density",
     "objective.weight": "Weight",
     "objective.space": "Prediction",
+    "objective.coupling": "Coupling",
     "objective.distance": "Distance",
     "objective.discriminator": "Discriminator",
     "sampling.sampler": "Sampler",
