@@ -37,6 +37,23 @@ class Sampler:
         return registry.resolve(self.target)
 
 
+@dataclass(frozen=True)
+class Method:
+    """What an objective asks of those who take part, where it makes a student: see `sfumato.objectives.teaching`.
+
+    about: in a few words. teacher: "needed", "optional" or "none". answers: what its student can be asked for then, see
+    `Denoise`. slow: it has a copy that follows the student. critic: it has one, which learns beside the student.
+    derivative: it takes forward-mode derivatives of the network.
+    """
+
+    about: str
+    teacher: str = "needed"
+    answers: tuple[str, ...] = ("x0",)
+    slow: bool = False
+    critic: bool = False
+    derivative: bool = False
+
+
 PATHS = {
     "linear": "sfumato.paths:Linear",
     "cosine": "sfumato.paths:Cosine",
@@ -90,6 +107,11 @@ OBJECTIVES = {
     "denoising": "sfumato.objectives.denoising:Denoising",
     "vdm": "sfumato.objectives.vdm:VDM",
     "autoencoder": "sfumato.objectives.autoencoding:Autoencoding",
+    "guidance": "sfumato.objectives.guidance:GuidanceDistillation",
+}
+# What makes a student of a model: the objectives of these names are called with a `Lesson`.
+METHODS = {
+    "guidance": Method("the guided answer of the teacher in one call, for one scale or any that it is told"),
 }
 DISTANCES = {
     "laplacian": "sfumato.objectives.distances:Laplacian",

@@ -176,15 +176,25 @@ def unit_variance(sigma_data: float = 0.5) -> OfTime:
 
 
 def on_path(denoise: Denoise, new: Path) -> Bound:
-    """The same denoiser spoken to in another path's coordinates: equal log_snr, rescaled x. Needs alpha > 0."""
+    """The same denoiser spoken to in another path's coordinates: equal log_snr, rescaled x."""
 
     def fn(x: Tensor, s: float | Tensor, **to: str) -> Tensor:
         s = torch.as_tensor(s, dtype=torch.float64 if isinstance(s, float) else None)
-        t = denoise.path.time(log_snr(new, s))
-        ratio = denoise.path.alpha(along(t, x)) / new.alpha(along(s, x))
-        return denoise(x * ratio.to(x), t if t.ndim else float(t), **to)
+        x, t = translated(new, denoise.path, x, s)
+        return denoise(x, t if t.ndim else float(t), **to)
 
     return Bound(new, fn, denoise.answers)
+
+
+def translated(path: Path, to: Path, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """A state at times () or (B,) on one path as it is on another, where the noise level is the same: (x, times).
+
+    Pure noise is the same on all paths, but for its size.
+    """
+    s = to.time(log_snr(path, t))
+    alpha = path.alpha(t)
+    ratio = torch.where(alpha > 0, to.alpha(s) / alpha.clamp(min=1e-30), to.sigma(s) / path.sigma(t))
+    return x_t * along(ratio, x_t).to(x_t), s
 
 
 def joined(conds: Sequence[Cond]) -> Cond:

@@ -37,9 +37,14 @@ class Trainable(nn.Module):
         height, width = self.spec["size"]
         return int(height), int(width)
 
-    def learner(self, step: int | None) -> Any:
-        """What an objective is called with at a step; None is for judging, when nothing learns."""
+    def learner(self, step: int | None, raw: Sequence[Raw]) -> Any:
+        """What an objective is called with at a step, for a batch with these raw conditions; None is for judging, when
+        nothing learns.
+        """
         raise NotImplementedError
+
+    def learned(self, step: int, steps: int) -> None:
+        """Told that the weights have moved in step `step` (from 0) of `steps`."""
 
     def encode(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] as the objective takes them."""
@@ -106,7 +111,7 @@ class Model(Trainable):
         self.denoiser = denoiser
         self.spec, self.facts = dict(spec), {}
 
-    def learner(self, step: int | None) -> Denoiser:
+    def learner(self, step: int | None, raw: Sequence[Raw]) -> Any:
         return self.denoiser
 
     def encode(self, images: Tensor) -> Tensor:
@@ -169,7 +174,7 @@ class AutoencoderModel(Trainable):
             for part in (codec.autoencoder.encoder, codec.autoencoder.quant):
                 part.requires_grad_(False)
 
-    def learner(self, step: int | None) -> Opponents:
+    def learner(self, step: int | None, raw: Sequence[Raw]) -> Opponents:
         return Opponents(self.codec.autoencoder, self.discriminator, step)
 
     def encode(self, images: Tensor) -> Tensor:

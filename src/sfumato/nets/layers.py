@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sfumato import derivatives
+
 # Whether the CPU multiplies bfloat16 numbers itself.
 BF16_ARITHMETIC: bool = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 SHORT = 128  # places up to which attention is cheap to keep
@@ -172,7 +174,10 @@ def attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Ten
     sequences, three plain operations stand for the fused kernel, whose backward pass is slow there (they keep the
     attention itself for it, which long sequences have no memory for); on a CPU without it
     the fused kernel is as fast in float32 and twice as fast in bfloat16 (`benchmarks/attention.py` measures both).
+    Where a forward-mode derivative is taken (`sfumato.derivatives`) they are the only ones that have one.
     """
+    if derivatives.is_taken():
+        return attended_plainly(q, k, v, mask)
     learning = torch.is_grad_enabled() and q.requires_grad
     short = q.shape[2] * k.shape[2] <= SHORT**2
     if BF16_ARITHMETIC and q.dtype == torch.bfloat16 and q.device.type == "cpu" and short and learning:
@@ -238,7 +243,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 def through(stage: nn.Module, recompute: bool, *given: object) -> Any:
     """The stage's answer. recompute: its activations are made anew in the backward pass rather than kept."""
-    if recompute and torch.is_grad_enabled():
+    if recompute and torch.is_grad_enabled() and not derivatives.is_taken():
         return checkpoint(stage, *given, use_reentrant=False)
     return stage(*given)
 
