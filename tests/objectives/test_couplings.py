@@ -105,7 +105,7 @@ def test_between_two_gaussians_nothing_is_left_to_chance() -> None:
 
 @pytest.mark.parametrize("regularisation", [1.0, 4.0, 20.0])
 def test_the_plan_is_the_entropic_one(regularisation: float) -> None:
-    """It has the marginals, and log plan + cost / regularisation is a sum of a row's and a column's number: no other."""
+    """It has the marginals, and log plan + cost / regularisation is the sum of a row's and a column's number."""
     cost = squared_distances(normal(24, 3), normal(24, 3, seed=1))
     plan = sinkhorn(cost, regularisation, 20_000, 1e-10)
     torch.testing.assert_close(plan.sum(1), torch.full((24,), 1 / 24, dtype=torch.float64), rtol=1e-12, atol=0)
@@ -129,7 +129,9 @@ def test_a_narrow_bridge_is_optimal_transport_and_a_wide_one_none() -> None:
     x0, eps = normal(32, 2), normal(32, 2, seed=1)
     cost = squared_distances(x0, eps)
     assert torch.equal(sinkhorn(cost, 2e-3, 20_000).argmax(1), assigned(x0, eps))
-    torch.testing.assert_close(sinkhorn(cost, 1e7), torch.full((32, 32), 1 / 1024, dtype=torch.float64), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        sinkhorn(cost, 1e7), torch.full((32, 32), 1 / 1024, dtype=torch.float64), rtol=1e-4, atol=0
+    )
 
 
 def test_noise_is_drawn_from_the_plan() -> None:
@@ -144,7 +146,7 @@ def test_noise_is_drawn_from_the_plan() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_bridge_has_its_noise_and_its_velocity(shape: tuple[int, ...]) -> None:
-    """x_t = (1 - t) x0 + t eps + sigma sqrt(t (1 - t)) z, and the velocity of Tong et al. 2023, eq. 10, time reversed."""
+    """x_t = (1 - t) x0 + t eps + sigma sqrt(t (1 - t)) z, and its velocity (Tong et al. 2023, eq. 10)."""
     sigma, x0, eps = 0.7, normal(*shape), normal(*shape, seed=1)
     t = torch.linspace(0.05, 0.95, shape[0], dtype=torch.float64)
     pair = SchroedingerBridge(sigma)(Linear(), x0, eps, t, rng(5))
@@ -189,7 +191,7 @@ def test_a_bridge_between_gaussians_has_the_velocity_of_its_marginals() -> None:
 def test_what_a_bridge_cannot_be() -> None:
     with pytest.raises(ConfigError, match="linear path"):
         SchroedingerBridge()(Cosine(), normal(4, 2), normal(4, 2), T[:4])
-    for wrong in (dict(sigma=0.0), dict(iterations=0), dict(tolerance=0.0), dict(chunk=1)):
+    for wrong in ({"sigma": 0.0}, {"iterations": 0}, {"tolerance": 0.0}, {"chunk": 1}):
         with pytest.raises(ConfigError):
             SchroedingerBridge(**wrong)
     with pytest.raises(ConfigError, match="two rows"):
@@ -209,7 +211,9 @@ def test_data_and_conditions_stay_together() -> None:
 
     x0, label = 100 * torch.arange(8.0)[:, None].expand(8, 4), torch.arange(8)
     for coupling in (OptimalTransport(), SchroedingerBridge(0.1)):
-        Denoising(Uniform(0.01, 0.1), coupling=coupling)(Denoiser(Net(), Linear(), VELOCITY), x0, {"label": label}, rng())
+        Denoising(Uniform(0.01, 0.1), coupling=coupling)(
+            Denoiser(Net(), Linear(), VELOCITY), x0, {"label": label}, rng()
+        )
         x, told = seen.pop()
         assert torch.equal((x.mean(1) / 95).round().long(), told)
 

@@ -55,15 +55,15 @@ def test_the_minimiser_is_the_velocity_of_the_mixture(path: Path, t: float) -> N
         return float(loss.detach())
 
     optimizer.step(closure)
-    x = torch.linspace(-1.5, 1.5, 13, dtype=torch.float64)[:, None]
-    exact = data.velocity(path, x, t)
-    spread = float(exact.std())  # of what is found over the range
-    assert float((model.net(x, x).detach() - exact).abs().max()) < 0.15 * max(spread, 1.0)
-    assert float((model.net(x, x).detach() - exact).square().mean().sqrt()) < 0.06 * max(spread, 1.0)
+    loss = closure()
+    x = torch.linspace(-1.25, 1.25, 11, dtype=torch.float64)[:, None]
+    off = model.net(x, x).detach() - data.velocity(path, x, t)
+    standard_error = (loss / 1000) ** 0.5  # each knot within this range has a thousand draws around it
+    assert float(off.abs().max()) < 5 * standard_error and float(off.square().mean().sqrt()) < 2.5 * standard_error
 
 
 def test_lipmans_path_has_the_papers_velocity() -> None:
-    """(x1 - (1 - sigma_min) x) / (1 - (1 - sigma_min) s) with s = 1 - t, and against time (Lipman et al. 2022, eq. 21)."""
+    """(x1 - (1 - sigma_min) x) / (1 - (1 - sigma_min) s) with s = 1 - t, reversed (Lipman et al. 2022, eq. 21)."""
     path, rng = OptimalTransport(0.02), Generator().manual_seed(0)
     x0, eps = (torch.randn(9, 2, 3, generator=rng, dtype=torch.float64) for _ in range(2))
     t = torch.linspace(0, 1, 9, dtype=torch.float64)

@@ -7,6 +7,7 @@ bridge. What is learned is a velocity still, and no longer the score, so such a 
 the pairing of a batch does not know conditions: given one, the noise that training saw is not normal any more.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -54,7 +55,7 @@ class OptimalTransport:
         _at_least_two(self.chunk)
 
     def __call__(self, path: Path, x0: Tensor, eps: Tensor, t: Tensor, rng: Generator | None = None) -> Pair:
-        places = [assigned(a, b) for a, b in zip(x0.split(self.chunk), eps.split(self.chunk), strict=True)]
+        places = [assigned(a, b) for a, b in _chunks(x0, eps, self.chunk)]
         return Pair(x0, _taken(eps, places))
 
 
@@ -85,7 +86,7 @@ class SchroedingerBridge:
         if not isinstance(path, Linear):
             fix = "model.path=linear, or objective.coupling=optimal_transport"
             raise ConfigError("bridges are on the linear path", where=WHERE, seen=str(path), fix=fix)
-        places = [self._drawn(a, b, rng) for a, b in zip(x0.split(self.chunk), eps.split(self.chunk), strict=True)]
+        places = [self._drawn(a, b, rng) for a, b in _chunks(x0, eps, self.chunk)]
         z = torch.randn(x0.shape, generator=rng, dtype=x0.dtype).to(x0.device)
         odds = along(t.clamp(INNER, 1 - INNER), x0)
         root, half = torch.sqrt(odds / (1 - odds)), self.sigma / 2
@@ -112,7 +113,7 @@ def squared_distances(x0: Tensor, eps: Tensor) -> Tensor:
 def assigned(x0: Tensor, eps: Tensor) -> Tensor:
     """The permutation p (n,) that makes sum_i |x0_i - eps_p(i)|^2 least."""
     try:
-        from scipy.optimize import linear_sum_assignment
+        from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
     except ImportError as error:
         fix = "pip install 'sfumato[ot]'"
         raise MachineError("optimal transport needs scipy", where=WHERE, seen=str(error), fix=fix) from None
@@ -137,9 +138,13 @@ def sinkhorn(cost: Tensor, regularisation: float, iterations: int = 1000, tolera
     return torch.softmax(kernel + columns, 1) / n
 
 
+def _chunks(x0: Tensor, eps: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(torch.split(x0, chunk), torch.split(eps, chunk), strict=True)
+
+
 def _taken(eps: Tensor, places: list[Tensor]) -> Tensor:
     """The rows of the noise at some places of each chunk."""
-    parts = eps.split([len(one) for one in places])
+    parts = torch.split(eps, [len(one) for one in places])
     return torch.cat([part[place.to(eps.device)] for part, place in zip(parts, places, strict=True)])
 
 

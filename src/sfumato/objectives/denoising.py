@@ -69,7 +69,9 @@ class Denoising:
         if isinstance(self.coupling, Independent):
             return ()
         said = "noise is paired with data: sample by the ODE (euler, heun, dpmpp_2m), not by a method that draws noise"
-        biased = "and with conditions, so given one the noise seen is not normal; unconditional training has no such bias"
+        biased = (
+            "and with conditions, so given one the noise seen is not normal; unconditional training has no such bias"
+        )
         return (said, biased) if conditional else (said,)
 
     def factor(self, model: Denoiser, t: Tensor) -> Tensor:
