@@ -43,7 +43,8 @@ class Method:
 
     about: in a few words. teacher: "needed", "optional" or "none". answers: what its student can be asked for then, see
     `Denoise`. slow: it has a copy that follows the student. critic: it has one, which learns beside the student.
-    derivative: it takes forward-mode derivatives of the network.
+    derivative: it takes forward-mode derivatives of the network. pairs: it learns from noise and where the teacher's
+    flow takes it, in place of data.
     """
 
     about: str
@@ -52,6 +53,7 @@ class Method:
     slow: bool = False
     critic: bool = False
     derivative: bool = False
+    pairs: bool = False
 
 
 PATHS = {
@@ -86,6 +88,7 @@ DENSITIES = {
     "stratified": "sfumato.times:Stratified",
     "logit_normal": "sfumato.times:LogitNormal",
     "log_normal": "sfumato.times:LogNormal",
+    "u_shaped": "sfumato.times:UShaped",
 }
 WEIGHTS = {
     "flat": "sfumato.objectives.weights:Flat",
@@ -108,10 +111,12 @@ OBJECTIVES = {
     "vdm": "sfumato.objectives.vdm:VDM",
     "autoencoder": "sfumato.objectives.autoencoding:Autoencoding",
     "guidance": "sfumato.objectives.guidance:GuidanceDistillation",
+    "reflow": "sfumato.objectives.reflow:Reflow",
 }
 # What makes a student of a model: the objectives of these names are called with a `Lesson`.
 METHODS = {
     "guidance": Method("the guided answer of the teacher in one call, for one scale or any that it is told"),
+    "reflow": Method("straight flows, from pairs of noise and of where the teacher takes it", pairs=True),
 }
 DISTANCES = {
     "laplacian": "sfumato.objectives.distances:Laplacian",

@@ -168,13 +168,28 @@ class ControlSection(Section):
     hint: Annotated[list[Positive], Field(min_length=1)] | None = None
 
 
+class PairsSection(Section):
+    """What a method of pairs learns from in place of data: noise, and where the teacher's flow takes it.
+
+    count: of pairs, which are made once. sampler, grid, steps: how the flow is solved; the sampler must draw no noise.
+    batch: of the teacher's. folder: where pairs are kept; the run's own unless said.
+    """
+
+    count: Positive = 16384
+    sampler: Slot = {"kind": "ipndm", "variable": "angle"}
+    grid: Slot = {"kind": "logistic"}
+    steps: Positive = 20
+    batch: Positive = 128
+    folder: str | None = None
+
+
 class Config(Section):
     """Everything a run is determined by.
 
     start: a run, a model directory, a folder of diffusers or a file, whose model is trained further; it takes the place
     of `model`, and of `sampling` unless that is said. teacher: likewise, a model to learn from, by an objective of
     `METHODS`; without a `model` of its own the student starts from it. teacher_guidance: how the teacher is guided, a
-    scale or a slot; its own recommendation unless said.
+    scale or a slot; its own recommendation unless said. pairs: of a method that learns from the teacher's flow.
     """
 
     name: str = Field(pattern=r"^[\w][\w .-]*$", coerce_numbers_to_str=True)
@@ -184,6 +199,7 @@ class Config(Section):
     start: str | None = None
     teacher: str | None = None
     teacher_guidance: Annotated[float, Field(ge=0)] | Slot | None = None
+    pairs: PairsSection = PairsSection()
     lora: LoraSection | None = None
     control: ControlSection | None = None
     objective: Slot = {"kind": "denoising"}
@@ -256,6 +272,8 @@ SLOTS = {
     "objective.discriminator": "Discriminator",
     "sampling.sampler": "Sampler",
     "sampling.grid": "Grid",
+    "pairs.sampler": "Sampler",
+    "pairs.grid": "Grid",
 }
 ALONE = "autoencoder"  # the objective that trains the codec, and no network
 CACHE = "cache"  # of data: not the source's, whatever it is
@@ -274,9 +292,9 @@ def slot_problems(raw: dict[str, Any]) -> Iterator[Problem]:
             said, slot = slot.get(CACHE), source_of(slot)
             if not (said is None or isinstance(said, (str, bool))) or said == "":
                 yield Problem("data.cache", "is a folder, true or false", repr(said), "data.cache=true")
-        if slot is not None and where.startswith("sampling."):  # these have other names, too
+        if slot is not None and where.startswith(("sampling.", "pairs.")):  # these have other names, too
             try:
-                name = where.removeprefix("sampling.")
+                name = where.rpartition(".")[2]
                 slot = spelled_out({name: slot})[name]
             except ConfigError as error:
                 yield Problem(where, error.what.removeprefix(f"{name} "), str(error.seen), str(error.fix))
@@ -312,6 +330,9 @@ def _teacher_problems(raw: dict[str, Any]) -> Iterator[Problem]:
     said, teacher = raw.get("objective", "denoising"), raw.get("teacher")
     kind = str(said.get("kind") if isinstance(said, dict) else said)
     method = METHODS.get(kind)
+    if raw.get("pairs") is not None and kind in OBJECTIVES and not (method and method.pairs):
+        fix = "an objective of: " + ", ".join(name for name, one in METHODS.items() if one.pairs)
+        yield Problem("pairs", f"are nothing that the objective {kind} learns from", str(raw["pairs"]), fix)
     if method is None:
         if teacher is not None and kind in OBJECTIVES:
             fix = "an objective of: " + ", ".join(METHODS)

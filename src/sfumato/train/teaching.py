@@ -53,7 +53,7 @@ class Student(Model):
         kept = () if self.conditioner is None else self.conditioner.kept
         none = [silent(one, kept) for one in raw]
         return Lesson(
-            self.denoiser, self._bound(raw), self.slow, self.critic, step, self.steps, partial(self._cond, self, none)
+            self.denoiser, self.bound(raw), self.slow, self.critic, step, self.steps, partial(self._cond, self, none)
         )
 
     @torch.no_grad()
@@ -89,6 +89,11 @@ class Student(Model):
             teacher.conditioner = own
         self._teacher = (teacher, guidance)
 
+    @property
+    def teacher(self) -> tuple[Model, Guidance] | None:
+        """Who teaches it, and how that one is guided."""
+        return self._teacher
+
     def cond(self, raw: Sequence[Raw]) -> Cond:
         if self._read is None or self._read[0] is not raw:
             shared = self._teacher is not None and self._teacher[0].conditioner is self.conditioner
@@ -97,7 +102,8 @@ class Student(Model):
             self._read = (raw, super().cond(raw))
         return self._read[1]
 
-    def _bound(self, raw: Sequence[Raw]) -> Teacher | None:
+    def bound(self, raw: Sequence[Raw]) -> Teacher | None:
+        """The teacher with the conditions of a batch filled in."""
         if self._teacher is None:
             return None
         teacher, guidance = self._teacher
