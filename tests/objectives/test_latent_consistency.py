@@ -1,4 +1,4 @@
-"""Latent consistency: its fixed point, the solver inside, its boundaries, what the student is told; and that it learns."""
+"""Latent consistency: its fixed point, its boundaries, what the student is told; and that it learns."""
 
 import copy
 import math

@@ -1,9 +1,9 @@
 """Progressive distillation: two DDIM steps of a teacher in one of a student, who teaches the next (Salimans & Ho 2022).
 
 A round is a student of so many steps. It learns, at the times of its own grid, the x0 for which one step lands where
-two steps of its teacher do; then its copy becomes the teacher, and the steps are half as many. The first teacher is the
-one that is given, under guidance (Meng et al. 2023, stage two), so all students have it within. The last student answers
-with x0 like any model, but at the times of its grid only, and for DDIM's steps.
+two steps of its teacher do; then its copy becomes the teacher, and the steps are half as many. The first teacher is
+the one that is given, under guidance (Meng et al. 2023, stage two), so all students have it within. The last student
+answers with x0 like any model, but at the times of its grid only, and for DDIM's steps.
 """
 
 from dataclasses import dataclass
