@@ -108,10 +108,16 @@ OBJECTIVES = {
     "vdm": "sfumato.objectives.vdm:VDM",
     "autoencoder": "sfumato.objectives.autoencoding:Autoencoding",
     "guidance": "sfumato.objectives.guidance:GuidanceDistillation",
+    "latent_consistency": "sfumato.objectives.latent_consistency:LatentConsistency",
+    "progressive": "sfumato.objectives.progressive:Progressive",
 }
 # What makes a student of a model: the objectives of these names are called with a `Lesson`.
 METHODS = {
     "guidance": Method("the guided answer of the teacher in one call, for one scale or any that it is told"),
+    "latent_consistency": Method(
+        "where the guided flow ends, for any data (LCM, LCM-LoRA)", answers=("endpoint",), slow=True
+    ),
+    "progressive": Method("two steps of the teacher in one, again and again", slow=True),
 }
 DISTANCES = {
     "laplacian": "sfumato.objectives.distances:Laplacian",
