@@ -110,6 +110,8 @@ OBJECTIVES = {
     "guidance": "sfumato.objectives.guidance:GuidanceDistillation",
     "latent_consistency": "sfumato.objectives.latent_consistency:LatentConsistency",
     "progressive": "sfumato.objectives.progressive:Progressive",
+    "consistency_distillation": "sfumato.objectives.consistency:ConsistencyDistillation",
+    "consistency_training": "sfumato.objectives.consistency:ConsistencyTraining",
 }
 # What makes a student of a model: the objectives of these names are called with a `Lesson`.
 METHODS = {
@@ -118,6 +120,12 @@ METHODS = {
         "where the guided flow ends, for any data (LCM, LCM-LoRA)", answers=("endpoint",), slow=True
     ),
     "progressive": Method("two steps of the teacher in one, again and again", slow=True),
+    "consistency_distillation": Method(
+        "where the teacher's guided flow ends, from steps of a solver (CD)", answers=("endpoint",), slow=True
+    ),
+    "consistency_training": Method(
+        "where the flow ends, from data alone (CT)", teacher="none", answers=("endpoint",), slow=True
+    ),
 }
 DISTANCES = {
     "laplacian": "sfumato.objectives.distances:Laplacian",

@@ -258,6 +258,7 @@ SLOTS = {
     "objective.distance": "Distance",
     "objective.discriminator": "Discriminator",
     "objective.grid": "Grid",
+    "objective.solver": "Sampler",
     "sampling.sampler": "Sampler",
     "sampling.grid": "Grid",
     "sampling.guidance": "Guidance",
