@@ -103,16 +103,23 @@ OBJECTIVES = {
     "vdm": "sfumato.objectives.vdm:VDM",
     "autoencoder": "sfumato.objectives.autoencoding:Autoencoding",
     "guidance": "sfumato.objectives.guidance:GuidanceDistillation",
+    "distribution_matching": "sfumato.objectives.distribution:DistributionMatching",
 }
 # What makes a student of a model: the objectives of these names are called with a `Lesson`.
 METHODS = {
     "guidance": Method("the guided answer of the teacher in one call, for one scale or any that it is told"),
+    "distribution_matching": Method(
+        "the teacher's guided distribution in a few steps, by a score of the student's own (DMD2)",
+        answers=("endpoint",),
+        critic=True,
+    ),
 }
 DISTANCES = {
     "laplacian": "sfumato.objectives.distances:Laplacian",
     "ssim": "sfumato.objectives.distances:StructuralSimilarity",
 }
 DISCRIMINATORS = {"patch": "sfumato.nets.discriminator:PatchDiscriminator"}
+HEADS = {"features": "sfumato.nets.features:on_features"}
 GRIDS = {
     "logistic": "sfumato.grids:logistic",
     "explicit": "sfumato.grids:explicit",
@@ -245,6 +252,7 @@ KINDS: Mapping[str, Mapping[str, str]] = {
     "Objective": OBJECTIVES,
     "Distance": DISTANCES,
     "Discriminator": DISCRIMINATORS,
+    "Heads": HEADS,
     "Grid": GRIDS,
     "Guidance": GUIDANCES,
     "LogProb": {},  # the user's own

@@ -252,6 +252,8 @@ SLOTS = {
     "objective.space": "Prediction",
     "objective.distance": "Distance",
     "objective.discriminator": "Discriminator",
+    "objective.fake_times": "Density",
+    "objective.heads": "Heads",
     "sampling.sampler": "Sampler",
     "sampling.grid": "Grid",
 }

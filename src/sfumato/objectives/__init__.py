@@ -4,5 +4,6 @@ conditions, and gives a `Loss`.
 
 from sfumato.objectives.autoencoding import Autoencoding
 from sfumato.objectives.denoising import Denoising, Loss, Objective
+from sfumato.objectives.distribution import DistributionMatching
 
-__all__ = ["Autoencoding", "Denoising", "Loss", "Objective"]
+__all__ = ["Autoencoding", "Denoising", "DistributionMatching", "Loss", "Objective"]
