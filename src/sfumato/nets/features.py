@@ -7,7 +7,7 @@ was, and whether it learns from the heads is its owner's affair.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.errors import ConfigError
-from sfumato.nets.layers import TimeEmbedding
+from sfumato.nets.layers import Attention, TimeEmbedding
 from sfumato.nets.variants import blocks as blocks_of
 
 EVENLY = 4  # blocks that are listened to where none are named
@@ -46,8 +46,9 @@ class FeatureHeads(nn.Module):
         """What the places of a network of this shape say inside, by their names. Compiled networks run uncompiled."""
         heard: dict[str, Tensor] = {}
         hooks = [net.get_submodule(place).register_forward_hook(partial(_keep, heard, place)) for place in self.places]
+        compiled = getattr(net, "_compiled_call_impl", None) is not None  # and would call no hooks
         try:
-            with torch.compiler.set_stance("force_eager"):  # compiled code calls no hooks
+            with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
                 yield heard
         finally:
             for hook in hooks:
@@ -111,7 +112,10 @@ def _speaks(module: nn.Module) -> bool:
 
 
 def _width(net: nn.Module, place: str) -> int:
-    """The channels of what a module says: as many as there are numbers in its last bias."""
+    """The channels of what a module says: those of its attention, else as many as its last bias has."""
+    attention = getattr(net.get_submodule(place), "attention", None)
+    if isinstance(attention, Attention):
+        return attention.out.out_features
     biases = [p for name, p in net.get_submodule(place).named_parameters() if name.endswith("bias")]
     if not biases:
         raise ConfigError("how wide this block's features are is not known", where="objective.heads.blocks", seen=place)
