@@ -171,6 +171,7 @@ SAMPLERS = {
     "restart": Sampler("sfumato.samplers.restart:restart", order=0, calls=2, stochastic=True),
     "consistency": Sampler("sfumato.samplers.consistency:consistency", order=0, stochastic=True, asks="endpoint"),
     "lcm": Sampler("sfumato.samplers.consistency:lcm", order=0, stochastic=True, asks="endpoint"),
+    "jump": Sampler("sfumato.samplers.jump:jump", order=0, asks="jump"),
     "ddim": Sampler("sfumato.samplers.ddim:ddim", order=1),
     "euler": Sampler("sfumato.samplers.runge_kutta:euler", order=1),
     "heun": Sampler("sfumato.samplers.heun:heun", order=2, calls=2),

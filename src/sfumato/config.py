@@ -44,7 +44,8 @@ class ModelSection(Section):
 
     net: null trains the codec alone, an autoencoder, by the objective of that name.
     answers: what it can be asked for, see `sfumato.denoiser.Denoise`. With "x0_variance" the network gives a share of
-    the log variance of each step beside its prediction, in as many channels again.
+    the log variance of each step beside its prediction, in as many channels again. With "jump" it is told
+    where a jump ends.
     """
 
     path: Slot = {"kind": "linear"}

@@ -14,7 +14,7 @@ from sfumato.codecs import Codec, Latents
 from sfumato.conditioners import Conditioner, Raw
 from sfumato.config import FILLED_IN
 from sfumato.data.picture import Image
-from sfumato.denoiser import VARIANCE, Cond, Denoiser
+from sfumato.denoiser import JUMP, VARIANCE, Cond, Denoiser
 from sfumato.errors import ConfigError, MachineError
 from sfumato.objectives.autoencoding import Opponents
 from sfumato.registry import options_of, target_of
@@ -140,9 +140,9 @@ class Model(Trainable):
         """What it can be asked for, see `sfumato.denoiser.Denoise`."""
         return self.denoiser.answers
 
-    def forward(self, x_t: Tensor, t: float | Tensor, cond: Cond | None = None, *, to: str | None = None) -> Tensor:
-        """E[x0 | x_t], or another of the `answers`."""
-        answer: Tensor = self.denoiser(x_t, t, cond, to=to)
+    def forward(self, x_t: Tensor, t: float | Tensor, cond: Cond | None = None, **asked: Any) -> Tensor:
+        """E[x0 | x_t], or another of the `answers`, as a `Denoiser` is asked."""
+        answer: Tensor = self.denoiser(x_t, t, cond, **asked)
         return answer
 
     def parts(self) -> dict[str, nn.Module]:
@@ -235,7 +235,7 @@ def build_model(spec: Mapping[str, Any], source: Any = None, files: Mapping[str,
 
     The conditioner learns its vocabulary from `source`, a data source, or takes it from `files` that it wrote once.
     What the network must know of its neighbours (`in_channels`, `context_dim`, `pooled_dim`, `classes`) is filled in
-    from them, and `out_channels` from what the model is to answer.
+    from them, and `out_channels` and that it is told `until` from what the model is to answer.
     """
     section = spec["model"]
     codec = build(section["codec"], "Codec")
@@ -255,6 +255,8 @@ def build_model(spec: Mapping[str, Any], source: Any = None, files: Mapping[str,
     answers = tuple(section.get("answers") or ("x0",))
     if VARIANCE in answers or told:
         known["out_channels"] = (2 if VARIANCE in answers else 1) * channels
+    if JUMP in answers:
+        known["told"] = ["until"]
     net = build(_filled(section["net"], known), "Net")
     denoiser = Denoiser(
         net,
@@ -273,6 +275,8 @@ def _filled(slot: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]
     options = options_of(target) if target else None
     taken = {"size", *FILLED_IN} if options is None else options  # of what cannot be looked into, the old promise
     fitting = {name: value for name, value in known.items() if name in taken}
+    if "told" in fitting:
+        slot = {**slot, "told": list(dict.fromkeys([*slot.get("told", ()), *fitting["told"]]))}
     inner = slot.get("net")  # of a network around another
     if isinstance(inner, Mapping):
         slot = {**slot, "net": _filled(inner, known)}
