@@ -112,6 +112,7 @@ OBJECTIVES = {
     "progressive": "sfumato.objectives.progressive:Progressive",
     "consistency_distillation": "sfumato.objectives.consistency:ConsistencyDistillation",
     "consistency_training": "sfumato.objectives.consistency:ConsistencyTraining",
+    "distribution_matching": "sfumato.objectives.distribution:DistributionMatching",
 }
 # What makes a student of a model: the objectives of these names are called with a `Lesson`.
 METHODS = {
@@ -126,12 +127,18 @@ METHODS = {
     "consistency_training": Method(
         "where the flow ends, from data alone (CT)", teacher="none", answers=("endpoint",), slow=True
     ),
+    "distribution_matching": Method(
+        "the teacher's guided distribution in a few steps, by a score of the student's own (DMD2)",
+        answers=("endpoint",),
+        critic=True,
+    ),
 }
 DISTANCES = {
     "laplacian": "sfumato.objectives.distances:Laplacian",
     "ssim": "sfumato.objectives.distances:StructuralSimilarity",
 }
 DISCRIMINATORS = {"patch": "sfumato.nets.discriminator:PatchDiscriminator"}
+HEADS = {"features": "sfumato.nets.features:on_features"}
 GRIDS = {
     "logistic": "sfumato.grids:logistic",
     "explicit": "sfumato.grids:explicit",
@@ -266,6 +273,7 @@ KINDS: Mapping[str, Mapping[str, str]] = {
     "Objective": OBJECTIVES,
     "Distance": DISTANCES,
     "Discriminator": DISCRIMINATORS,
+    "Heads": HEADS,
     "Grid": GRIDS,
     "Guidance": GUIDANCES,
     "LogProb": {},  # the user's own

@@ -259,6 +259,8 @@ SLOTS = {
     "objective.discriminator": "Discriminator",
     "objective.grid": "Grid",
     "objective.solver": "Sampler",
+    "objective.fake_times": "Density",
+    "objective.heads": "Heads",
     "sampling.sampler": "Sampler",
     "sampling.grid": "Grid",
     "sampling.guidance": "Guidance",

@@ -132,7 +132,9 @@ def checked(metric: str, c: float, keep: float = 0.0) -> None:
     if not c >= 0:
         raise ConfigError("c is a distance", where="objective.c", seen=f"{c:g}", fix=f"{HUBER}")
     if not 0 <= keep < 1:
-        raise ConfigError("what stays of the slow copy is a share", where="objective.keep", seen=f"{keep:g}", fix="0.95")
+        raise ConfigError(
+            "what stays of the slow copy is a share", where="objective.keep", seen=f"{keep:g}", fix="0.95"
+        )
 
 
 def checked_growth(first: int, last: int, least: int) -> None:
