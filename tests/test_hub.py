@@ -122,15 +122,33 @@ def test_a_path_that_is_there_is_that_path_but_for_the_scheme(cache: Path) -> No
 
 # What is fetched
 
-PIPELINE = """
-model_index.json README.md .gitattributes sd_xl.safetensors vae_1_0/config.json
-vae_1_0/diffusion_pytorch_model.safetensors unet/config.json unet/diffusion_pytorch_model.safetensors
-unet/diffusion_pytorch_model.fp16.safetensors unet/diffusion_pytorch_model.non_ema.safetensors
-unet/diffusion_pytorch_model.bin unet/openvino/model.bin vae/config.json vae/diffusion_pytorch_model.bin
-vae/diffusion_flax_model.msgpack text_encoder/config.json text_encoder/model.safetensors
-text_encoder/model.onnx text_encoder/flax_model.msgpack tokenizer/vocab.json tokenizer/merges.txt
-tokenizer/spiece.model scheduler/scheduler_config.json safety_checker/config.json safety_checker/model.safetensors
-""".split()
+PIPELINE = [
+    "model_index.json",
+    "README.md",
+    ".gitattributes",
+    "sd_xl.safetensors",
+    "vae_1_0/config.json",
+    "vae_1_0/diffusion_pytorch_model.safetensors",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+    "unet/diffusion_pytorch_model.fp16.safetensors",
+    "unet/diffusion_pytorch_model.non_ema.safetensors",
+    "unet/diffusion_pytorch_model.bin",
+    "unet/openvino/model.bin",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.bin",
+    "vae/diffusion_flax_model.msgpack",
+    "text_encoder/config.json",
+    "text_encoder/model.safetensors",
+    "text_encoder/model.onnx",
+    "text_encoder/flax_model.msgpack",
+    "tokenizer/vocab.json",
+    "tokenizer/merges.txt",
+    "tokenizer/spiece.model",
+    "scheduler/scheduler_config.json",
+    "safety_checker/config.json",
+    "safety_checker/model.safetensors",
+]
 PARTS = {
     name: ["diffusers", "X"]
     for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor")
@@ -160,7 +178,11 @@ def test_of_a_pipeline_each_weight_is_fetched_once() -> None:
 
 def test_of_shards_and_variants_one_copy_is_fetched() -> None:
     stem = "diffusion_pytorch_model"
-    full = [f"{stem}.safetensors.index.json", f"{stem}-00001-of-00002.safetensors", f"{stem}-00002-of-00002.safetensors"]
+    full = [
+        f"{stem}.safetensors.index.json",
+        f"{stem}-00001-of-00002.safetensors",
+        f"{stem}-00002-of-00002.safetensors",
+    ]
     half = [f"{stem}.safetensors.index.fp16.json", f"{stem}.fp16-00001-of-00001.safetensors"]
     old = [f"{stem}.safetensors.index.fp16.json", f"{stem}-00001-of-00001.fp16.safetensors"]
     assert sorted(needed(["config.json", *full, *half])) == sorted(["config.json", *full])

@@ -73,7 +73,7 @@ def located(path: str | Path, parts: Collection[str] = ()) -> Path:
     place = place_of(path)
     if place is None:
         return Path(path).expanduser()
-    library = _library(place)
+    library = library_for(place)
     try:
         said = library.HfApi().model_info(place.repo, revision=place.revision)
     except Exception as error:  # which ones depends on the library's version, and on its own libraries
@@ -90,7 +90,8 @@ def located(path: str | Path, parts: Collection[str] = ()) -> Path:
     return _entry(root, place, wanted)
 
 
-def _library(place: Place) -> Any:
+def library_for(place: Place) -> Any:
+    """The library that speaks with the hub. MachineError where it is not installed."""
     try:
         import huggingface_hub
         import huggingface_hub.errors

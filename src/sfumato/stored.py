@@ -40,3 +40,14 @@ def shards(index: str, names: Collection[str]) -> list[str]:
     number = r"-\d+-of-\d+"
     known = (f"{re.escape(stem + variant)}{number}", f"{re.escape(stem)}{number}{re.escape(variant)}")
     return [one for one in names if any(re.fullmatch(f"{pattern}\\.safetensors", one) for pattern in known)]
+
+
+def copies(names: Collection[str]) -> list[str]:
+    """Of the names of a folder's files all that hold its weights, in whatever copy."""
+    found = []
+    for name in NAMES:
+        plain = [f"{name}{end}" for end in (*(f"{one}.safetensors" for one in VARIANTS), ".bin")]
+        indices = [f"{name}.safetensors.index{variant}.json" for variant in VARIANTS]
+        found += [one for one in (*plain, *indices) if one in names]
+        found += [one for index in indices for one in shards(index, names)]
+    return list(dict.fromkeys(found))

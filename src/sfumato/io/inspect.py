@@ -110,7 +110,7 @@ def _own(folder: Path) -> dict[str, Any]:
         "family": _kind(section.get("net")),
         "path of noise": _kind(section.get("path")),
         "prediction": _kind(section.get("prediction")),
-        "conditioner": _kind(section.get("conditioner")),
+        "conditioner": _kinds(section.get("conditioner")),
         "codec": _kind(section.get("codec")),
         "size": said["size"],
         "sampling": said["sampling"],
@@ -122,6 +122,12 @@ def _own(folder: Path) -> dict[str, Any]:
 
 def _kind(slot: Any) -> Any:
     return slot.get("kind") if isinstance(slot, Mapping) else slot
+
+
+def _kinds(slot: Any) -> Any:
+    """The kind of a conditioner; of several, all of them."""
+    parts = slot.get("parts") if isinstance(slot, Mapping) and slot.get("kind") == "joined" else None
+    return [_kind(one) for one in parts] if parts else _kind(slot)
 
 
 def _diffusers(folder: Path) -> dict[str, Any]:
