@@ -25,6 +25,7 @@ from sfumato.denoiser import (
     unit_variance,
 )
 from sfumato.errors import ConfigError
+from sfumato.nets.dit import DiT, DiTConfig
 from sfumato.paths import (
     Cosine,
     Linear,
@@ -171,6 +172,82 @@ def test_another_path_passes_on_what_is_asked_for() -> None:
     there, x = on_path(model, Linear()), torch.randn(2, 3)
     assert there.answers == model.answers
     assert there(x, 0.4, to=VARIANCE).shape == (2, 6) and there(x, 0.4).shape == (2, 3)
+
+
+# answers about two times
+
+
+class Until(nn.Module):
+    """A network that knows one Gaussian's jumps in x0, and what it was told of them."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path, self.told = path, list[Tensor]()
+
+    def forward(self, x: Tensor, t: Tensor, until: Tensor) -> Tensor:
+        self.told.append(until)
+        exact = gaussian_like(tuple(x.shape))
+        return exact.jump(self.path, x, t, until)
+
+
+@paths
+@predictions
+def test_a_model_of_jumps_answers_means_and_ends_by_them(prediction: Prediction, path: Path) -> None:
+    """In any prediction: what is said at t is converted at t, whatever the jump."""
+    shape = (4, 3)
+    exact, t = gaussian_like(shape), torch.tensor([0.3, 0.5, 0.7, 0.9], dtype=torch.float64)
+    x = states(shape, path, t)
+    until = torch.tensor([0.0, 0.2, 0.7, 0.5], dtype=torch.float64)
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor, t: Tensor, until: Tensor) -> Tensor:
+            x0 = exact.jump(path, x, t, until)
+            a, s = path.alpha(t)[:, None], path.sigma(t)[:, None]
+            return prediction.target(path, x0, (x - a * x0) / s, t)
+
+    model = Denoiser(Net(), path, prediction, answers=("jump",))
+    assert model.answers == ("x0", "jump", "endpoint")
+    close(model(x, t), exact.x0(path, x, t), 1e-9)
+    close(model(x, t, to="x0"), exact.x0(path, x, t), 1e-9)
+    close(model(x, t, to="endpoint"), exact.flow(path, x, t, 0.0), 1e-9)
+    close(model(x, t, to="jump", until=until), exact.jump(path, x, t, until), 1e-9)
+    close(model(x, t, to="jump", until=0.2), exact.jump(path, x, t, 0.2), 1e-9)
+
+
+def test_the_end_of_a_jump_is_told_as_times_are() -> None:
+    for path, given in ((Linear(), as_thousandths), (Linear(), as_log_level), (Tabulated(), as_index)):
+        net, t = Until(path), torch.tensor([0.5, 0.8])
+        model = Denoiser(net, path, X0, given, answers=("jump",))
+        ends = torch.tensor([0.1, 0.4])
+        model.predict(torch.randn(2, 3), t, until=ends)
+        model.predict(torch.randn(2, 3), t)
+        model(torch.randn(2, 3), t, to="endpoint")
+        told, plain, last = net.told
+        assert torch.equal(told, given(path, ends)) and torch.equal(plain, given(path, t))
+        assert bool(last.isfinite().all()) and torch.equal(last, last[:1].expand(2))  # where the level is infinite, too
+
+
+def test_the_first_answer_is_that_to_a_plain_question() -> None:
+    path = Linear()
+    net = Until(path)
+    model = Denoiser(net, path, X0, answers=("endpoint", "jump"))
+    assert model.answers == ("endpoint", "jump", "x0")
+    model(torch.randn(2, 3), 0.5)
+    assert float(net.told[-1].abs().max()) == 0
+
+
+def test_ends_of_jumps_are_for_models_that_jump() -> None:
+    x, path = torch.randn(2, 3), Linear()
+    with pytest.raises(ConfigError, match="only a model that answers jumps"):
+        Denoiser(Recorder(), path, V)(x, 0.5, until=0.2)
+    model = Denoiser(Until(path), path, X0, answers=("jump",))
+    with pytest.raises(ConfigError, match="a jump ends at a time"):
+        model(x, 0.5, to="jump")
+    with pytest.raises(ConfigError, match="only a jump ends"):
+        model(x, 0.5, to="endpoint", until=0.2)
+    with pytest.raises(ConfigError, match="must be told where they end") as caught:
+        Denoiser(DiT(DiTConfig(size=4, dim=8, depth=1, heads=1)), path, V, answers=("jump",))
+    assert caught.value.fix == "model.net.told=[until]"
 
 
 # times

@@ -113,6 +113,18 @@ def test_a_model_of_a_variance_has_twice_the_channels() -> None:
     assert both.shape == (2, 6, 8, 12) and torch.equal(both[:, :3], model(x, 0.5))
 
 
+def test_a_model_of_jumps_is_told_where_they_end() -> None:
+    """Filled in beside what else its network is told."""
+    net = {"kind": "dit", "patch": 4, "dim": 16, "depth": 1, "heads": 2, "told": ["guidance"]}
+    model = build_model(spec(net, conditioner=None, answers=["jump"])).eval()
+    assert model.net.config.told == ("guidance", "until")  # type: ignore[union-attr]
+    assert model.answers == ("x0", "jump", "endpoint")
+    x = torch.randn(2, 3, 8, 12)
+    assert model(x, 0.5, to="jump", until=torch.tensor([0.1, 0.2])).shape == x.shape
+    plain = build_model(spec({**net, "told": []}, conditioner=None))
+    assert plain.net.config.told == ()  # type: ignore[union-attr]
+
+
 def test_without_a_conditioner_there_is_no_condition() -> None:
     model = build_model(spec(conditioner=None))
     assert model.cond([{}, {}]) == {}

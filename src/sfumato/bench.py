@@ -87,7 +87,7 @@ def path_named(name: str) -> Path:
 def measured(line: Sampler, paths: Sequence[str], *, own: bool = False) -> Row:
     """Everything about one sampler."""
     row = Row(None if own or line.stochastic or line.order == 0 else line.order, line.calls)
-    usual = not (line.stochastic or line.inverse or line.adaptive)
+    usual = line.asks == "x0" and not (line.stochastic or line.inverse or line.adaptive)
     for name in paths:
         path = path_named(name)
         row.order[name] = order_of(line, path) if usual and (line.order or own) else None

@@ -37,6 +37,23 @@ class Sampler:
         return registry.resolve(self.target)
 
 
+@dataclass(frozen=True)
+class Method:
+    """What an objective asks of those who take part, where it makes a student: see `sfumato.objectives.teaching`.
+
+    about: in a few words. teacher: "needed", "optional" or "none". answers: what its student can be asked for then, see
+    `Denoise`. slow: it has a copy that follows the student. critic: it has one, which learns beside the student.
+    derivative: it takes forward-mode derivatives of the network.
+    """
+
+    about: str
+    teacher: str = "needed"
+    answers: tuple[str, ...] = ("x0",)
+    slow: bool = False
+    critic: bool = False
+    derivative: bool = False
+
+
 PATHS = {
     "linear": "sfumato.paths:Linear",
     "cosine": "sfumato.paths:Cosine",
@@ -85,6 +102,11 @@ OBJECTIVES = {
     "denoising": "sfumato.objectives.denoising:Denoising",
     "vdm": "sfumato.objectives.vdm:VDM",
     "autoencoder": "sfumato.objectives.autoencoding:Autoencoding",
+    "guidance": "sfumato.objectives.guidance:GuidanceDistillation",
+}
+# What makes a student of a model: the objectives of these names are called with a `Lesson`.
+METHODS = {
+    "guidance": Method("the guided answer of the teacher in one call, for one scale or any that it is told"),
 }
 DISTANCES = {
     "laplacian": "sfumato.objectives.distances:Laplacian",
@@ -142,6 +164,7 @@ SAMPLERS = {
     "restart": Sampler("sfumato.samplers.restart:restart", order=0, calls=2, stochastic=True),
     "consistency": Sampler("sfumato.samplers.consistency:consistency", order=0, stochastic=True, asks="endpoint"),
     "lcm": Sampler("sfumato.samplers.consistency:lcm", order=0, stochastic=True, asks="endpoint"),
+    "jump": Sampler("sfumato.samplers.jump:jump", order=0, asks="jump"),
     "ddim": Sampler("sfumato.samplers.ddim:ddim", order=1),
     "euler": Sampler("sfumato.samplers.runge_kutta:euler", order=1),
     "heun": Sampler("sfumato.samplers.heun:heun", order=2, calls=2),

@@ -8,9 +8,9 @@ sees batch * accumulate.
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
-from sfumato.catalogue import KINDS, OBJECTIVES
+from sfumato.catalogue import KINDS, METHODS, OBJECTIVES, Method
 from sfumato.errors import ConfigError
 from sfumato.names import spelled_out
 from sfumato.registry import Problem, check
@@ -44,7 +44,8 @@ class ModelSection(Section):
 
     net: null trains the codec alone, an autoencoder, by the objective of that name.
     answers: what it can be asked for, see `sfumato.denoiser.Denoise`. With "x0_variance" the network gives a share of
-    the log variance of each step beside its prediction, in as many channels again.
+    the log variance of each step beside its prediction, in as many channels again. With "jump" it is told
+    where a jump ends.
     """
 
     path: Slot = {"kind": "linear"}
@@ -54,7 +55,7 @@ class ModelSection(Section):
     net: Slot | None
     codec: Slot = {"kind": "pixels"}
     conditioner: Slot | None = {"kind": "prompts"}
-    answers: Annotated[list[Literal["x0", "x0_variance", "endpoint"]], Field(min_length=1)] = ["x0"]
+    answers: Annotated[list[Literal["x0", "x0_variance", "endpoint", "jump"]], Field(min_length=1)] = ["x0"]
 
 
 class OptimSection(Section):
@@ -171,7 +172,9 @@ class Config(Section):
     """Everything a run is determined by.
 
     start: a run, a model directory, a folder of diffusers or a file, whose model is trained further; it takes the place
-    of `model`, and of `sampling` unless that is said.
+    of `model`, and of `sampling` unless that is said. teacher: likewise, a model to learn from, by an objective of
+    `METHODS`; without a `model` of its own the student starts from it. teacher_guidance: how the teacher is guided, a
+    scale or a slot; its own recommendation unless said.
     """
 
     name: str = Field(pattern=r"^[\w][\w .-]*$", coerce_numbers_to_str=True)
@@ -179,6 +182,8 @@ class Config(Section):
     data: Slot
     model: ModelSection | None = None
     start: str | None = None
+    teacher: str | None = None
+    teacher_guidance: Annotated[float, Field(ge=0)] | Slot | None = None
     lora: LoraSection | None = None
     control: ControlSection | None = None
     objective: Slot = {"kind": "denoising"}
@@ -200,6 +205,19 @@ class Config(Section):
     workers: Natural = 1
     threads: Positive | None = None
     sampling: SamplingSection = SamplingSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _begun(cls, raw: Any) -> Any:
+        """A student without a model of its own starts from its teacher."""
+        if isinstance(raw, dict) and raw.get("teacher") and raw.get("model") is None and raw.get("start") is None:
+            return {**raw, "start": raw["teacher"]}
+        return raw
+
+    @property
+    def method(self) -> Method | None:
+        """The line of `METHODS` of its objective; None for one that makes no student."""
+        return METHODS.get(str(self.objective["kind"]))
 
     @property
     def source(self) -> dict[str, Any]:
@@ -229,6 +247,7 @@ SLOTS = {
     "model.codec": "Codec",
     "model.conditioner": "Conditioner",
     "objective": "Objective",
+    "teacher_guidance": "Guidance",
     "objective.times": "Density",
     "objective.weight": "Weight",
     "objective.space": "Prediction",
@@ -248,6 +267,8 @@ def slot_problems(raw: dict[str, Any]) -> Iterator[Problem]:
     yield from _misplaced(raw)
     for where, kind_of in SLOTS.items():
         slot = dig(raw, where)
+        if where == "teacher_guidance" and isinstance(slot, (int, float)):
+            continue
         if where == "data" and isinstance(slot, dict):
             said, slot = slot.get(CACHE), source_of(slot)
             if not (said is None or isinstance(said, (str, bool))) or said == "":
@@ -273,15 +294,34 @@ def slot_problems(raw: dict[str, Any]) -> Iterator[Problem]:
 
 
 def start_problems(raw: dict[str, Any]) -> Iterator[Problem]:
-    """What is wrong with where a run is to start from."""
-    if raw.get("model") is None and raw.get("start") is None:
+    """What is wrong with where a run is to start from, and with whom it learns from."""
+    yield from _teacher_problems(raw)
+    if raw.get("model") is None and raw.get("start") is None and raw.get("teacher") is None:
         yield Problem("model", "is missing", "", "start=MODEL trains a model further")
-    if raw.get("lora") is not None and raw.get("start") is None:
+    if raw.get("lora") is not None and raw.get("start") is None and raw.get("teacher") is None:
         yield Problem("lora", "changes a model, and none is named", "", "start=MODEL")
     if raw.get("control") is not None and raw.get("start") is None:
         yield Problem("control", "is of a model, and none is named", "", "start=MODEL")
     if raw.get("control") is not None and raw.get("lora") is not None:
         yield Problem("control", "is trained alone", "lora", "lora=null")
+
+
+def _teacher_problems(raw: dict[str, Any]) -> Iterator[Problem]:
+    """A method without its teacher, a teacher without a method, and what cannot be trained by one."""
+    said, teacher = raw.get("objective", "denoising"), raw.get("teacher")
+    kind = str(said.get("kind") if isinstance(said, dict) else said)
+    method = METHODS.get(kind)
+    if method is None:
+        if teacher is not None and kind in OBJECTIVES:
+            fix = "an objective of: " + ", ".join(METHODS)
+            yield Problem("objective", "has nothing to learn from a teacher", kind, fix)
+        return
+    if method.teacher == "needed" and teacher is None:
+        yield Problem("teacher", f"is needed by the objective {kind}", "", "teacher=runs/quickstart")
+    if method.teacher == "none" and teacher is not None:
+        yield Problem("teacher", f"has nothing to say in the objective {kind}", str(teacher), f"start={teacher}")
+    if raw.get("control") is not None:
+        yield Problem("control", f"is not trained by the objective {kind}", "", "objective=denoising")
 
 
 def _misplaced(raw: dict[str, Any]) -> Iterator[Problem]:

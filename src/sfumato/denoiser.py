@@ -7,7 +7,7 @@ E[x0 | x_t] carries everything: the score is (alpha x0 - x_t) / sigma^2, the noi
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from sfumato.predictions import Prediction
 MASK = "context_mask"  # which vectors of a "context" count
 CONCAT = "concat"  # maps (B, C', h, w) that stand beside x_t in the network's input
 VARIANCE = "x0_variance"  # the answer that holds more than x0
+JUMP = "jump"  # the answer about two times
+FAR = 10_000.0  # what stands for an infinite time input
 
 Cond = Mapping[str, Tensor]  # the network's keyword arguments; every tensor has the batch first
 OfTime = Callable[[Path, Tensor], Tensor]
@@ -30,7 +32,11 @@ class Denoise(Protocol):
     answers: what it can be asked for. A plain call gives the first, `to` asks for another by its name:
         "x0" the posterior mean E[x0 | x_t] (B, C, ...);
         "x0_variance" the same and the network's C channels of a learned variance (B, 2 C, ...), see `samplers.ddpm`;
-        "endpoint" where the flow through x_t ends at t = 0, which is what a consistency model has learned (B, C, ...).
+        "endpoint" where the flow through x_t ends at t = 0, which is what a consistency model has learned (B, C, ...);
+        "jump" an average over the way to the time `until` (at most t), a float or one a row: the x0 for which DDIM's
+        straight step from t to `until` lands on the flow through x_t (B, C, ...). On the linear path it is x_t - t u,
+        where u is MeanFlow's average velocity. It is the posterior mean for until = t, and the endpoint for until = 0:
+        who answers "jump" answers "x0" and "endpoint" by it.
     """
 
     @property
@@ -39,22 +45,24 @@ class Denoise(Protocol):
     @property
     def answers(self) -> tuple[str, ...]: ...
 
-    def __call__(self, x_t: Tensor, t: float | Tensor, /, **to: str) -> Tensor: ...
+    def __call__(self, x_t: Tensor, t: float | Tensor, /, **asked: Any) -> Tensor:
+        """asked: `to`, and with "jump" `until`."""
+        ...
 
 
 @dataclass(frozen=True)
 class Bound:
     """A `Denoise` made of a function: a model with its condition filled in, or an exact solution in a test.
 
-    fn: takes `to` as a keyword if it has more than one answer.
+    fn: takes `to` as a keyword if it has more than one answer, and `until` if "jump" is one.
     """
 
     path: Path
     fn: Callable[..., Tensor]
     answers: tuple[str, ...] = ("x0",)
 
-    def __call__(self, x_t: Tensor, t: float | Tensor, /, **to: str) -> Tensor:
-        return self.fn(x_t, t, **to)
+    def __call__(self, x_t: Tensor, t: float | Tensor, /, **asked: Any) -> Tensor:
+        return self.fn(x_t, t, **asked)
 
 
 class Denoiser(nn.Module):
@@ -64,6 +72,8 @@ class Denoiser(nn.Module):
     `SCALE_INPUTS`. Inputs are (B, ...); times are a float, () or (B,), in [0, 1].
     answers: what it was trained to be asked for, see `Denoise`. With "x0_variance" among them the network gives twice
     the channels of x_t: its prediction, and the share of the log variance of each step (Nichol & Dhariwal 2021).
+    With "jump" among them the network is told `until` as one more time, and "x0" and "endpoint" are answered too; alone
+    or first, it leaves a plain call to be for "x0". ConfigError where the network is told no such number.
     """
 
     def __init__(
@@ -78,21 +88,38 @@ class Denoiser(nn.Module):
         super().__init__()
         self.net, self.path, self.prediction = net, path, prediction
         self.time_input, self.scale_input = time_input or as_time, scale_input
-        self.answers = tuple(answers)
+        self.answers = answered(answers)
+        numbers = getattr(getattr(net, "config", None), "told", None)
+        if JUMP in self.answers and numbers is not None and "until" not in numbers:
+            what = "a network that is asked for jumps must be told where they end"
+            raise ConfigError(what, where="model.net.told", seen=str(list(numbers)), fix="model.net.told=[until]")
 
-    def predict(self, x_t: Tensor, t: float | Tensor, cond: Cond | None = None) -> Tensor:
-        """The network's prediction, in at least float32: what objectives compare with `prediction.target`."""
-        return self.outputs(x_t, t, cond)[0]
+    def predict(
+        self, x_t: Tensor, t: float | Tensor, cond: Cond | None = None, *, until: float | Tensor | None = None
+    ) -> Tensor:
+        """The network's prediction, in at least float32: what objectives compare with `prediction.target`.
 
-    def outputs(self, x_t: Tensor, t: float | Tensor, cond: Cond | None = None) -> tuple[Tensor, ...]:
+        until: of a model that answers "jump", where the jump ends; t unless said.
+        """
+        return self.outputs(x_t, t, cond, until=until)[0]
+
+    def outputs(
+        self, x_t: Tensor, t: float | Tensor, cond: Cond | None = None, *, until: float | Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """All that the network says: its prediction (B, C, ...), and if it learns a variance, that (B, C, ...) too.
 
-        ConfigError if it gives another number of channels than its answers need.
+        ConfigError if it gives another number of channels than its answers need, or is told a time that it knows not.
         """
         t = times_like(t, x_t)
         if self.scale_input is not None:
             x_t = (self.scale_input(self.path, along(t, x_t)) * x_t).to(x_t.dtype)  # the network's own, if half
         told = dict(cond or {})
+        if JUMP in self.answers:
+            end = t if until is None else times_like(until, x_t).to(t.dtype)
+            told["until"] = self.time_input(self.path, end).clamp(-FAR, FAR)  # a level is infinite at the data
+        elif until is not None:
+            what = "only a model that answers jumps can be told where one ends"
+            raise ConfigError(what, where="model.answers", seen=", ".join(self.answers), fix="model.answers=[jump]")
         given = x_t if CONCAT not in told else beside(x_t, told.pop(CONCAT))
         y: Tensor = self.net(given, self.time_input(self.path, t), **told)
         parts = 2 if VARIANCE in self.answers else 1
@@ -105,11 +132,43 @@ class Denoiser(nn.Module):
         y = y.to(t.dtype)
         return y.chunk(2, 1) if parts == 2 else (y,)
 
-    def forward(self, x_t: Tensor, t: float | Tensor, cond: Cond | None = None, *, to: str | None = None) -> Tensor:
-        """E[x0 | x_t]: (B, ...). A consistency model's endpoint has the same formula. to: another of the `answers`."""
-        y, *variance = self.outputs(x_t, t, cond)
+    def forward(
+        self,
+        x_t: Tensor,
+        t: float | Tensor,
+        cond: Cond | None = None,
+        *,
+        to: str | None = None,
+        until: float | Tensor | None = None,
+    ) -> Tensor:
+        """E[x0 | x_t]: (B, ...). A consistency model's endpoint has the same formula. to: another of the `answers`.
+
+        until: of a "jump", where it ends: a float, () or (B,).
+        """
+        if JUMP in self.answers:
+            until = _until(to or self.answers[0], until)
+        y, *variance = self.outputs(x_t, t, cond, until=until)
         x0 = self.prediction.x0(self.path, y, x_t, times_like(t, x_t))
         return torch.cat([x0, *variance], 1) if to == VARIANCE else x0
+
+
+def answered(answers: Sequence[str]) -> tuple[str, ...]:
+    """All that a model answers that was trained for these: jumps of no length are means, and those to 0 endpoints."""
+    if JUMP not in answers:
+        return tuple(answers)
+    first = answers[0] if answers[0] != JUMP else "x0"  # a plain call says no time to jump to
+    return tuple(dict.fromkeys((first, JUMP, "x0", "endpoint", *answers)))
+
+
+def _until(to: str, until: float | Tensor | None) -> float | Tensor | None:
+    """Where a model of jumps is to jump to, for what it is asked; None is t itself. ConfigError without an end."""
+    if to == JUMP:
+        if until is None:
+            raise ConfigError("a jump ends at a time", where="until", seen="none", fix="until=0.0")
+        return until
+    if until is not None:
+        raise ConfigError("only a jump ends at a time", where="until", seen=f"to={to!r}", fix='to="jump"')
+    return 0.0 if to == "endpoint" else None
 
 
 def beside(x_t: Tensor, maps: Tensor) -> Tensor:
@@ -176,15 +235,31 @@ def unit_variance(sigma_data: float = 0.5) -> OfTime:
 
 
 def on_path(denoise: Denoise, new: Path) -> Bound:
-    """The same denoiser spoken to in another path's coordinates: equal log_snr, rescaled x. Needs alpha > 0."""
+    """The same denoiser spoken to in another path's coordinates: equal log_snr, rescaled x."""
 
-    def fn(x: Tensor, s: float | Tensor, **to: str) -> Tensor:
-        s = torch.as_tensor(s, dtype=torch.float64 if isinstance(s, float) else None)
-        t = denoise.path.time(log_snr(new, s))
-        ratio = denoise.path.alpha(along(t, x)) / new.alpha(along(s, x))
-        return denoise(x * ratio.to(x), t if t.ndim else float(t), **to)
+    def fn(x: Tensor, s: float | Tensor, *, until: float | Tensor | None = None, **asked: Any) -> Tensor:
+        if until is not None:
+            end = denoise.path.time(log_snr(new, _precise(until)))
+            asked["until"] = end if end.ndim else float(end)
+        x, t = translated(new, denoise.path, x, _precise(s))
+        return denoise(x, t if t.ndim else float(t), **asked)
 
     return Bound(new, fn, denoise.answers)
+
+
+def _precise(t: float | Tensor) -> Tensor:
+    return torch.as_tensor(t, dtype=torch.float64 if isinstance(t, float) else None)
+
+
+def translated(path: Path, to: Path, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """A state at times () or (B,) on one path as it is on another, where the noise level is the same: (x, times).
+
+    Pure noise is the same on all paths, but for its size.
+    """
+    s = to.time(log_snr(path, t))
+    alpha = path.alpha(t)
+    ratio = torch.where(alpha > 0, to.alpha(s) / alpha.clamp(min=1e-30), to.sigma(s) / path.sigma(t))
+    return x_t * along(ratio, x_t).to(x_t), s
 
 
 def joined(conds: Sequence[Cond]) -> Cond:

@@ -12,7 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from sfumato.denoiser import Bound
+from sfumato.denoiser import JUMP, Bound, answered
+from sfumato.errors import ConfigError
 from sfumato.paths import Path, along, log_snr
 
 
@@ -78,6 +79,30 @@ class Gaussian(_Exact):
         (here, _), (there, _) = _scales(path, x, t), _scales(path, x, s)
         ratio = torch.sqrt(self.variance(path, x, s) / self.variance(path, x, t))
         return there * self.mean + ratio * (x - here * self.mean)
+
+    def jump(self, path: Path, x: Tensor, t: float | Tensor, until: float | Tensor) -> Tensor:
+        """The x0 for which DDIM's step from t to `until` is exact, see `Denoise`: (B, ...). E[x0 | x_t] for until = t.
+
+        The step multiplies x - alpha x0 by q = sigma' / sigma, the flow x - alpha mean by sqrt(r), r = V' / V. So the
+        answer is mean + (x - alpha mean) (sqrt(r) - q) / (alpha' - q alpha), which is made regular for until = t by
+        r - q^2 = (std / sigma)^2 (alpha'^2 sigma^2 - alpha^2 sigma'^2) / V.
+        """
+        (alpha, sigma), (alpha_, sigma_) = _scales(path, x, t), _scales(path, x, until)
+        both = torch.sqrt(self.variance(path, x, until) * self.variance(path, x, t)) * sigma
+        gain = self.std**2 * (alpha_ * sigma + alpha * sigma_) / (both + self.variance(path, x, t) * sigma_)
+        return self.mean + gain * (x - alpha * self.mean)
+
+    def jumper(self, path: Path) -> Bound:
+        """The exact model of two times: it answers "jump", and what follows from it."""
+
+        def fn(x: Tensor, t: float | Tensor, to: str = "x0", until: float | Tensor | None = None) -> Tensor:
+            ends: dict[str, float | Tensor | None] = {"x0": t, "endpoint": 0.0, JUMP: until}
+            end = ends[to]
+            if end is None:
+                raise ConfigError("a jump ends at a time", where="until", seen="none", fix="until=0.0")
+            return self.jump(path, x, t, end)
+
+        return Bound(path, fn, answered([JUMP]))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from sfumato.codecs import Codec, Latents
 from sfumato.conditioners import Conditioner, Raw
 from sfumato.config import FILLED_IN
 from sfumato.data.picture import Image
-from sfumato.denoiser import VARIANCE, Cond, Denoiser
+from sfumato.denoiser import JUMP, VARIANCE, Cond, Denoiser
 from sfumato.errors import ConfigError, MachineError
 from sfumato.objectives.autoencoding import Opponents
 from sfumato.registry import options_of, target_of
@@ -37,9 +37,14 @@ class Trainable(nn.Module):
         height, width = self.spec["size"]
         return int(height), int(width)
 
-    def learner(self, step: int | None) -> Any:
-        """What an objective is called with at a step; None is for judging, when nothing learns."""
+    def learner(self, step: int | None, raw: Sequence[Raw]) -> Any:
+        """What an objective is called with at a step, for a batch with these raw conditions; None is for judging, when
+        nothing learns.
+        """
         raise NotImplementedError
+
+    def learned(self, step: int, steps: int) -> None:
+        """Told that the weights have moved in step `step` (from 0) of `steps`."""
 
     def encode(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] as the objective takes them."""
@@ -106,7 +111,7 @@ class Model(Trainable):
         self.denoiser = denoiser
         self.spec, self.facts = dict(spec), {}
 
-    def learner(self, step: int | None) -> Denoiser:
+    def learner(self, step: int | None, raw: Sequence[Raw]) -> Any:
         return self.denoiser
 
     def encode(self, images: Tensor) -> Tensor:
@@ -135,9 +140,9 @@ class Model(Trainable):
         """What it can be asked for, see `sfumato.denoiser.Denoise`."""
         return self.denoiser.answers
 
-    def forward(self, x_t: Tensor, t: float | Tensor, cond: Cond | None = None, *, to: str | None = None) -> Tensor:
-        """E[x0 | x_t], or another of the `answers`."""
-        answer: Tensor = self.denoiser(x_t, t, cond, to=to)
+    def forward(self, x_t: Tensor, t: float | Tensor, cond: Cond | None = None, **asked: Any) -> Tensor:
+        """E[x0 | x_t], or another of the `answers`, as a `Denoiser` is asked."""
+        answer: Tensor = self.denoiser(x_t, t, cond, **asked)
         return answer
 
     def parts(self) -> dict[str, nn.Module]:
@@ -169,7 +174,7 @@ class AutoencoderModel(Trainable):
             for part in (codec.autoencoder.encoder, codec.autoencoder.quant):
                 part.requires_grad_(False)
 
-    def learner(self, step: int | None) -> Opponents:
+    def learner(self, step: int | None, raw: Sequence[Raw]) -> Opponents:
         return Opponents(self.codec.autoencoder, self.discriminator, step)
 
     def encode(self, images: Tensor) -> Tensor:
@@ -230,7 +235,7 @@ def build_model(spec: Mapping[str, Any], source: Any = None, files: Mapping[str,
 
     The conditioner learns its vocabulary from `source`, a data source, or takes it from `files` that it wrote once.
     What the network must know of its neighbours (`in_channels`, `context_dim`, `pooled_dim`, `classes`) is filled in
-    from them, and `out_channels` from what the model is to answer.
+    from them, and `out_channels` and that it is told `until` from what the model is to answer.
     """
     section = spec["model"]
     codec = build(section["codec"], "Codec")
@@ -250,6 +255,8 @@ def build_model(spec: Mapping[str, Any], source: Any = None, files: Mapping[str,
     answers = tuple(section.get("answers") or ("x0",))
     if VARIANCE in answers or told:
         known["out_channels"] = (2 if VARIANCE in answers else 1) * channels
+    if JUMP in answers:
+        known["told"] = ["until"]
     net = build(_filled(section["net"], known), "Net")
     denoiser = Denoiser(
         net,
@@ -268,6 +275,8 @@ def _filled(slot: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]
     options = options_of(target) if target else None
     taken = {"size", *FILLED_IN} if options is None else options  # of what cannot be looked into, the old promise
     fitting = {name: value for name, value in known.items() if name in taken}
+    if "told" in fitting:
+        slot = {**slot, "told": list(dict.fromkeys([*slot.get("told", ()), *fitting["told"]]))}
     inner = slot.get("net")  # of a network around another
     if isinstance(inner, Mapping):
         slot = {**slot, "net": _filled(inner, known)}

@@ -307,10 +307,10 @@ class Pipeline:
             self.controls[name] = read_control(name)
         return self.controls[name].to(self.device)
 
-    def _forward(self, x: Tensor, t: Tensor, cond: Cond, model: torch.nn.Module | None = None, **to: str) -> Tensor:
+    def _forward(self, x: Tensor, t: Tensor, cond: Cond, model: torch.nn.Module | None = None, **asked: Any) -> Tensor:
         try:
             with self._autocast():
-                answer: Tensor = (model or self.model)(x, t, cond, **to)
+                answer: Tensor = (model or self.model)(x, t, cond, **asked)
             return answer
         except RuntimeError as error:
             raise self._explained(error, x) from error
@@ -323,9 +323,9 @@ class Pipeline:
             self._variants[name] = variant(self.model.denoiser, name) if other is None else other.denoiser
         answer = self._variants[name]
 
-        def forward(x: Tensor, t: Tensor, cond: Cond, **to: str) -> Tensor:
+        def forward(x: Tensor, t: Tensor, cond: Cond, **asked: Any) -> Tensor:
             with self._autocast():
-                said: Tensor = answer(x, t, cond, **to)
+                said: Tensor = answer(x, t, cond, **asked)
             return said
 
         return forward

@@ -26,6 +26,7 @@ from sfumato.model import AutoencoderModel, Model, build_autoencoder, build_mode
 from sfumato.overlay import resolved
 from sfumato.train.control import freeze, under_control
 from sfumato.train.start import read_start, with_start
+from sfumato.train.teaching import as_student
 
 # Peak products in bfloat16, dense, per second, from the makers' data sheets; memory in bytes.
 DEVICES: dict[str, tuple[float, float]] = {
@@ -113,7 +114,9 @@ def built(config: Config) -> Model | AutoencoderModel:
     if config.start is not None:
         start = read_start(config.start)
         start = start if config.control is None else under_control(start, config.control, config.seed)
-        section, files = resolved(with_start(config, start)), start.files
+        config = with_start(config, start)
+        config = config if config.method is None else as_student(config, start)[0]
+        section, files = resolved(config), start.files
     model = dict(section["model"])
     model["codec"] = _alone(model["codec"])
     model["conditioner"] = _alone(model["conditioner"])

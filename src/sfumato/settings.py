@@ -70,13 +70,19 @@ class Settings:
         kind = self.guidance.get("kind") if isinstance(self.guidance, Mapping) else self.guidance
         return kind not in (1, "unguided", "distilled")
 
+    @property
+    def unfilled(self) -> Guidance:
+        """The guidance, without its conditions."""
+        if self.guidance == 1:
+            return Unguided()
+        if isinstance(self.guidance, (str, Mapping)):
+            guidance: Guidance = build(self.guidance, "Guidance")
+            return guidance
+        return CFG(scale=float(self.guidance), interval=self.interval or (0.0, None), rescale=self.rescale)
+
     def guide(self, cond: Cond, null: Callable[[], Cond], read: Callable[[Any], Cond] | None = None) -> Guidance:
         """The guidance for a condition. null: makes its absence; read: makes the condition of a further prompt."""
-        if self.guidance == 1 or not cond:
-            return Unguided(cond)
-        if isinstance(self.guidance, (str, Mapping)):
-            return given(build(self.guidance, "Guidance"), cond, null, read)
-        return CFG(cond, null(), float(self.guidance), self.interval or (0.0, None), self.rescale)
+        return given(self.unfilled, cond, null, read) if cond else Unguided()
 
     def plain(self) -> dict[str, Any]:
         """As plain data; an endless interval has no number for its end."""

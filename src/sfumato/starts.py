@@ -92,7 +92,9 @@ def one_each(image: Any, n: int) -> list[Any]:
 def known_where(denoise: Bound, known: Tensor, free: Tensor) -> Bound:
     """The same denoiser, which knows the answer wherever `free` is 0."""
 
-    def fn(x: Tensor, t: float | Tensor) -> Tensor:
-        return torch.lerp(known, denoise(x, t), free)
+    def fn(x: Tensor, t: float | Tensor, **asked: Any) -> Tensor:
+        answer = denoise(x, t, **asked)
+        said, more = answer[:, : x.shape[1]], answer[:, x.shape[1] :]  # the channels of a learned variance, if any
+        return torch.cat([torch.lerp(known, said, free), more], 1)
 
-    return Bound(denoise.path, fn)
+    return Bound(denoise.path, fn, denoise.answers)

@@ -15,9 +15,17 @@ from sfumato.nets.pixel_unet import PRESETS, PixelUNet, PixelUNetConfig, preset
 from sfumato.nets.variants import variant
 
 CONFIG = PixelUNetConfig(
-    size=8, channels=(8, 16), blocks=1, heads=(0, 4), middle=2, told="scale", resample="block", classes=3, groups=4
+    size=8,
+    channels=(8, 16),
+    blocks=1,
+    heads=(0, 4),
+    middle=2,
+    modulation="scale",
+    resample="block",
+    classes=3,
+    groups=4,
 )
-DDPM = {"told": "add", "resample": "convolution", "pad_after": True, "sines_first": True, "include_end": True}
+DDPM = {"modulation": "add", "resample": "convolution", "pad_after": True, "sines_first": True, "include_end": True}
 kinds = pytest.mark.parametrize("changes", [{}, DDPM, {"resample": "convolution"}], ids=["adm", "ddpm", "mixed"])
 
 # Millions of parameters: Ho et al. 2020 (appendix B), Dhariwal & Nichol 2021 (table 12 and appendix I)

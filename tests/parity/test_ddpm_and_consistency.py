@@ -294,9 +294,9 @@ def doubled(h: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("kept", ORDERS, ids=["early", "by head", "two axes"])
 @pytest.mark.parametrize("resample", ["block", "convolution"])
-@pytest.mark.parametrize("told", ["scale", "add"])
-def test_an_original_file_is_the_network_of_its_names(kept: Original, resample: Any, told: Any) -> None:
-    config = replace(config_of(unet("adm"), "adm"), resample=resample, told=told)
+@pytest.mark.parametrize("modulation", ["scale", "add"])
+def test_an_original_file_is_the_network_of_its_names(kept: Original, resample: Any, modulation: Any) -> None:
+    config = replace(config_of(unet("adm"), "adm"), resample=resample, modulation=modulation)
     net = PixelUNet(config).eval()
     randomised(net, 3)
     state = renamed(net.state_dict(), lines(config, kept), OURS, ORIGINAL, "here")

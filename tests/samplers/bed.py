@@ -29,7 +29,7 @@ PATHS: dict[str, Path] = {
 }
 MODES = three_modes()
 STARTS = torch.linspace(-2, 2, 64, dtype=torch.float64)[:, None]
-DETERMINISTIC = {name: line for name, line in SAMPLERS.items() if not line.stochastic}
+DETERMINISTIC = {name: line for name, line in SAMPLERS.items() if not line.stochastic and line.asks == "x0"}
 FIXED = {name: line for name, line in DETERMINISTIC.items() if not line.adaptive}
 DOWNWARD = {name: line for name, line in FIXED.items() if not line.inverse}
 

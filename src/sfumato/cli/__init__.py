@@ -14,6 +14,7 @@ import typer
 from sfumato.cli.bench import bench
 from sfumato.cli.convert import convert
 from sfumato.cli.data import data
+from sfumato.cli.distill import distill
 from sfumato.cli.doctor import doctor
 from sfumato.cli.eval import evaluate
 from sfumato.cli.inspect import inspect
@@ -28,7 +29,7 @@ from sfumato.errors import ConfigError, MachineError, MemoryShortage, SfumatoErr
 
 app = typer.Typer(
     name="sfumato",
-    help="Train, sample and evaluate diffusion models.",
+    help="Train, distill, sample and evaluate diffusion models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -36,6 +37,7 @@ app = typer.Typer(
     epilog="Begin with: sfumato train quickstart",
 )
 app.command(name="train")(train)
+app.command(name="distill")(distill)
 app.command(name="sample")(sample)
 app.command(name="eval")(evaluate)
 app.command(name="recipes")(recipes)
@@ -55,7 +57,7 @@ def top(
     version: bool = typer.Option(False, "--version", help="Print the version and stop."),
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error; works in any place."),
 ) -> None:
-    """Train, sample and evaluate diffusion models."""
+    """Train, distill, sample and evaluate diffusion models."""
     if version:
         from sfumato import __version__
 

@@ -23,6 +23,7 @@ def recipes(json: bool = typer.Option(False, "--json", help="As JSON.")) -> None
     out.print(table)
     out.print(
         "\nsfumato train RECIPE                  trains one"
+        "\nsfumato distill RECIPE teacher=RUN     teaches a student, where it is a method of distillation"
         "\nsfumato train RECIPE --print-config   shows all it sets, to copy and change",
         markup=False,
     )

@@ -23,7 +23,8 @@ FilledIn = Annotated[T, "no option: known when there is something to sample"]
 Interval = tuple[float, float | None]  # noise levels sigma / alpha, (low, high]; no high is no end
 ALWAYS: Interval = (0.0, None)
 
-Forward = Callable[..., Tensor]  # x_t (B, ...), t (B,), cond, and perhaps `to` -> x0 (B, ...): a Denoiser is one
+# x_t (B, ...), t (B,), cond, and perhaps `to` and `until` -> x0 (B, ...): a Denoiser is one
+Forward = Callable[..., Tensor]
 Variants = Callable[[str], Forward]  # the same for a variant of the network, by name
 
 
@@ -128,13 +129,13 @@ def guided(
     """
     running = started(guidance, times)
 
-    def fn(x_t: Tensor, t: float | Tensor, **to: str) -> Tensor:
+    def fn(x_t: Tensor, t: float | Tensor, **asked: Any) -> Tensor:
         now, t = t, float(t.detach()) if isinstance(t, Tensor) else t
         branches = running.branches(path, t)
         said: dict[int, Tensor] = {}
         for variant in dict.fromkeys(branch.variant for branch in branches):
             which = [i for i, branch in enumerate(branches) if branch.variant == variant]
-            parts = _answered(varied(forward, variants, variant), x_t, now, [branches[i].cond for i in which], to)
+            parts = _answered(varied(forward, variants, variant), x_t, now, [branches[i].cond for i in which], asked)
             said |= dict(zip(which, parts, strict=True))
         return combined(running, path, x_t, t, [said[i] for i in range(len(branches))])
 
@@ -161,12 +162,14 @@ def varied(forward: Forward, variants: Variants | None, variant: str | None) -> 
 
 
 def _answered(
-    forward: Forward, x_t: Tensor, t: float | Tensor, conds: Sequence[Cond], to: Mapping[str, str]
+    forward: Forward, x_t: Tensor, t: float | Tensor, conds: Sequence[Cond], asked: Mapping[str, Any]
 ) -> Sequence[Tensor]:
     """What is said under each condition, from one batch. Gradients reach a time that is a tensor."""
     cond = conds[0] if len(conds) == 1 else joined(conds)
     rows = x_t if len(conds) == 1 else torch.cat([x_t] * len(conds))
-    return forward(rows, times_like(t, rows), cond, **to).chunk(len(conds))
+    if "until" in asked:
+        asked = {**asked, "until": times_like(asked["until"], x_t).repeat(len(conds))}
+    return forward(rows, times_like(t, rows), cond, **asked).chunk(len(conds))
 
 
 def scales(path: Path, t: float) -> tuple[float, float]:

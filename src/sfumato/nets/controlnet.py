@@ -71,6 +71,7 @@ class ControlNet(WayDown):
         context_mask: Tensor | None = None,
         pooled: Tensor | None = None,
         guidance: Tensor | None = None,
+        until: Tensor | None = None,
     ) -> list[Tensor]:
         self.check_size(x)
         read = self.hint(hint.flip(1) if self.config.bgr else hint)
@@ -80,7 +81,7 @@ class ControlNet(WayDown):
             seen = f"{hint.shape[-2]}x{hint.shape[-1]} for {x.shape[-2]}x{x.shape[-1]}"
             what = f"a control's picture is {factor} times the size of what the network sees"
             raise ConfigError(what, where="control", seen=seen)
-        told = (self.summary(x, t, pooled, guidance), context, context_mask)
+        told = (self.summary(x, t, pooled, guidance, until), context, context_mask)
         kept, middle = self.descended(entered + read, told)
         return [*(leave(one) for leave, one in zip(self.leave, kept, strict=True)), self.leave_middle(middle)]
 

@@ -19,6 +19,7 @@ from sfumato.errors import ConfigError
 from sfumato.nets.layers import (
     Attention,
     FeedForward,
+    Numbers,
     TimeEmbedding,
     modulated,
     rope_2d,
@@ -44,6 +45,7 @@ class DiTConfig:
     picture's height, width and their ratio, so that it can be trained on small pictures without imitating them.
     local: a 3x3 depthwise convolution over the patches before each attention (Chu et al. 2021): neighbours are known
     from the first step on, not learned, which small data and short training reward. activation: see `FeedForward`.
+    told: numbers beside the time, see `sfumato.nets.layers.Numbers`.
     """
 
     size: int | tuple[int, int] = 32
@@ -68,6 +70,7 @@ class DiTConfig:
     span: float = 0.0
     unsaid: int = 0
     sizes: bool = False
+    told: tuple[Literal["guidance", "until"], ...] = ()
 
 
 _XL = DiTConfig(dim=1152, depth=28, heads=16)
@@ -111,6 +114,7 @@ class DiT(nn.Module):
         dim, area = config.dim, config.patch**2
         self.patches = nn.Linear(config.in_channels * area, dim)
         self.time = TimeEmbedding(dim)
+        self.numbers = Numbers(config.told, dim)
         self.label = nn.Embedding(config.classes + 1, dim) if config.classes else None
         self.pooled = nn.Linear(config.pooled_dim, dim) if config.pooled_dim else None
         self.context = _captions(config) if config.context_dim else None
@@ -134,13 +138,15 @@ class DiT(nn.Module):
         context_mask: Tensor | None = None,
         pooled: Tensor | None = None,
         sizes: Tensor | None = None,
+        guidance: Tensor | None = None,
+        until: Tensor | None = None,
     ) -> Tensor:
         grid = grid_of(x, self.config.patch)
         tokens = self.patches(folded(x, self.config.patch))
         rope = None
         if self.config.positions == "sincos":
             tokens = tokens + positions(self.config, grid, x.device).to(tokens.dtype)
-        summary = self._summary(t, label, pooled, sizes)
+        summary = self._summary(self.numbers(self.time(t), t, guidance, until), label, pooled, sizes)
         (words, mask), before = self._words(context, context_mask), 0
         if words is not None and self.config.text == "joint":
             before = words.shape[1]
@@ -161,8 +167,8 @@ class DiT(nn.Module):
                 kept.append(tokens)
         return tokens
 
-    def _summary(self, t: Tensor, label: Tensor | None, pooled: Tensor | None, sizes: Tensor | None) -> Tensor:
-        summary = summed(self.time(t), label, pooled, self.label, self.pooled)
+    def _summary(self, told: Tensor, label: Tensor | None, pooled: Tensor | None, sizes: Tensor | None) -> Tensor:
+        summary = summed(told, label, pooled, self.label, self.pooled)
         if self.sizes is not None and sizes is not None:
             summary = summary + self.sizes(sizes)
         return summary
@@ -188,6 +194,7 @@ class DiT(nn.Module):
         for layer in (*(layer for one in embeddings for layer in one.mlp), self.label):
             if isinstance(layer, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(layer.weight, std=0.02)
+        self.numbers.reset()
         zeroed(self.head)
         for block in self.blocks:
             block.zero()

@@ -8,6 +8,7 @@ origin. The time, the pooled prompt and, where it was distilled, the guidance se
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from sfumato.errors import ConfigError
 from sfumato.nets.dit import Head
 from sfumato.nets.layers import (
     FeedForward,
+    Numbers,
     RMSNorm,
     TimeEmbedding,
     attended,
@@ -41,7 +43,8 @@ class FluxConfig:
     row and the column; about an eighth, and the rest in halves, unless said. theta: the slowest of them takes about so
     many places for a radian. out_channels: in_channels unless said; fewer where the network is shown more than it
     draws (a masked picture, a depth map). context_dim, pooled_dim: widths of the prompt's tokens and of its summary, 0
-    for none. classes: labels 0..classes-1, and `classes` itself for "none". guidance: whether it is told a scale.
+    for none. classes: labels 0..classes-1, and `classes` itself for "none". guidance: whether it is told a scale, as
+    dev is. told: further numbers beside the time, see `sfumato.nets.layers.Numbers`; the scale is not told twice.
     """
 
     size: int | tuple[int, int] = 32
@@ -60,6 +63,7 @@ class FluxConfig:
     pooled_dim: int = 0
     guidance: bool = False
     dropout: float = 0.0
+    told: tuple[Literal["guidance", "until"], ...] = ()
 
     @property
     def turning(self) -> tuple[int, int, int]:
@@ -107,6 +111,7 @@ class Flux(nn.Module):
         self.entry = nn.Linear(config.in_channels * area, dim)
         self.time = TimeEmbedding(dim)
         self.guided = TimeEmbedding(dim) if config.guidance else None
+        self.numbers = Numbers([one for one in config.told if not (one == "guidance" and config.guidance)], dim)
         self.pooled = mlp(config.pooled_dim, dim) if config.pooled_dim else None
         self.label = nn.Embedding(config.classes + 1, dim) if config.classes else None
         self.context = nn.Linear(config.context_dim, dim) if config.context_dim else None
@@ -129,6 +134,7 @@ class Flux(nn.Module):
         context_mask: Tensor | None = None,
         pooled: Tensor | None = None,
         guidance: Tensor | None = None,
+        until: Tensor | None = None,
     ) -> Tensor:
         height, width = grid_of(x, self.config.patch)
         tokens = self.entry(folded(x, self.config.patch))
@@ -137,7 +143,7 @@ class Flux(nn.Module):
         if words is not None and context_mask is not None:
             mask = torch.cat([context_mask, context_mask.new_ones(len(x), height * width)], 1)
         rope = places(height, width, self.config.turning, before, self.config.theta, x.device)
-        told = (self._summary(t, label, pooled, guidance), mask, rope)
+        told = (self._summary(t, label, pooled, guidance, until), mask, rope)
         for double in self.double_blocks:
             tokens, words = through(double, self.checkpointing, tokens, words, *told)
         tokens = tokens if words is None else torch.cat([words, tokens], 1)
@@ -145,9 +151,16 @@ class Flux(nn.Module):
             tokens = through(single, self.checkpointing, tokens, *told)
         return unfolded(self.head(tokens[:, before:], told[0]), (height, width), self.config.patch)
 
-    def _summary(self, t: Tensor, label: Tensor | None, pooled: Tensor | None, guidance: Tensor | None) -> Tensor:
+    def _summary(
+        self,
+        t: Tensor,
+        label: Tensor | None,
+        pooled: Tensor | None,
+        guidance: Tensor | None,
+        until: Tensor | None,
+    ) -> Tensor:
         """What every modulation is made from, (B, dim)."""
-        summary: Tensor = self.time(t)
+        summary: Tensor = self.numbers(self.time(t), t, guidance, until)
         if self.guided is not None:
             summary = summary + self.guided(1000 * (torch.ones_like(t) if guidance is None else guidance))
         return summed(summary, label, pooled, self.label, self.pooled)
@@ -161,6 +174,7 @@ class Flux(nn.Module):
         for module in embeddings:
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
+        self.numbers.reset()
         zeroed(self.head)
         for double in self.double_blocks:
             double.zero()

@@ -1,6 +1,7 @@
 """The parts that more than one network is made of: embeddings of time and place, attention, and feed-forward layers."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -8,8 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sfumato import derivatives
+from sfumato.errors import ConfigError
+
 # Whether the CPU multiplies bfloat16 numbers itself.
 BF16_ARITHMETIC: bool = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+GUIDANCE_UNIT = 1000.0  # a sinusoid tells numbers apart that are some units apart, and scales are fractions apart
 SHORT = 128  # places up to which attention is cheap to keep
 
 
@@ -50,6 +55,40 @@ class TimeEmbedding(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         out: Tensor = self.mlp(sinusoid(t, self.frequencies).to(next(self.mlp.parameters()).dtype))
         return out
+
+
+class Numbers(nn.Module):
+    """Numbers beside the time, each with an embedding of its own, which begins at zero: a network that is told more
+    than it was begins by saying what it said.
+
+    names: of "guidance", the scale of a guidance that the network is to answer for by itself (Meng et al. 2023), which
+    is 1, off, unless told; and "until", the time at which a jump ends, in the unit of the network's time (MeanFlow and
+    shortcut models, see `sfumato.denoiser.Denoise`), which is the time itself unless told.
+    """
+
+    def __init__(self, names: Sequence[str], dim: int) -> None:
+        super().__init__()
+        if unknown := set(names) - {"guidance", "until"}:
+            fix = "guidance, until"
+            raise ConfigError("a network is told no such number", where="model.net.told", seen=min(unknown), fix=fix)
+        self.each = nn.ModuleDict({name: TimeEmbedding(dim) for name in names})
+        self.reset()
+
+    def reset(self) -> None:
+        """Fresh weights, the last of them zero."""
+        for one in self.each.values():
+            first, _, last = one.mlp  # type: ignore[union-attr, misc]
+            first.reset_parameters()
+            zeroed(last)
+
+    def forward(self, summary: Tensor, t: Tensor, guidance: Tensor | None, until: Tensor | None) -> Tensor:
+        """The summary (B, dim) with what is told, (B,) each, added to it. t: the network's time."""
+        if "guidance" in self.each:
+            scale = torch.ones_like(t) if guidance is None else guidance
+            summary = summary + self.each["guidance"](GUIDANCE_UNIT * scale)
+        if "until" in self.each:
+            summary = summary + self.each["until"](t if until is None else until)
+        return summary
 
 
 def summed(
@@ -172,7 +211,10 @@ def attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Ten
     sequences, three plain operations stand for the fused kernel, whose backward pass is slow there (they keep the
     attention itself for it, which long sequences have no memory for); on a CPU without it
     the fused kernel is as fast in float32 and twice as fast in bfloat16 (`benchmarks/attention.py` measures both).
+    Where a forward-mode derivative is taken (`sfumato.derivatives`) they are the only ones that have one.
     """
+    if derivatives.is_taken():
+        return attended_plainly(q, k, v, mask)
     learning = torch.is_grad_enabled() and q.requires_grad
     short = q.shape[2] * k.shape[2] <= SHORT**2
     if BF16_ARITHMETIC and q.dtype == torch.bfloat16 and q.device.type == "cpu" and short and learning:
@@ -238,7 +280,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 def through(stage: nn.Module, recompute: bool, *given: object) -> Any:
     """The stage's answer. recompute: its activations are made anew in the backward pass rather than kept."""
-    if recompute and torch.is_grad_enabled():
+    if recompute and torch.is_grad_enabled() and not derivatives.is_taken():
         return checkpoint(stage, *given, use_reentrant=False)
     return stage(*given)
 

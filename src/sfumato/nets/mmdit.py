@@ -8,6 +8,7 @@ in its medium size a second attention of the picture alone in the first blocks.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from sfumato.errors import ConfigError
 from sfumato.nets.dit import Head
 from sfumato.nets.layers import (
     FeedForward,
+    Numbers,
     RMSNorm,
     TimeEmbedding,
     attended,
@@ -38,6 +40,7 @@ class MMDiTConfig:
     dual: the blocks with a second attention of the picture alone. qk_norm: RMS-normalised queries and keys.
     context_dim, pooled_dim: widths of the prompt's tokens and of its summary, 0 for none; without tokens there is one
     stream. classes: labels 0..classes-1, and `classes` itself for "none". out_channels: in_channels unless said.
+    told: numbers beside the time, see `sfumato.nets.layers.Numbers`.
     """
 
     size: int | tuple[int, int] = 32
@@ -56,6 +59,7 @@ class MMDiTConfig:
     table: int = 0
     step: float = 1.0
     dropout: float = 0.0
+    told: tuple[Literal["guidance", "until"], ...] = ()
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -103,6 +107,7 @@ class MMDiT(nn.Module):
         self.entry = nn.Conv2d(config.in_channels, dim, config.patch, stride=config.patch)
         self.register_buffer("positions", sincos_2d(side, side, dim, step=config.step)[None])
         self.time = TimeEmbedding(dim)
+        self.numbers = Numbers(config.told, dim)
         self.pooled = mlp(config.pooled_dim, dim) if config.pooled_dim else None
         self.label = nn.Embedding(config.classes + 1, dim) if config.classes else None
         self.context = nn.Linear(config.context_dim, dim) if config.context_dim else None
@@ -121,6 +126,8 @@ class MMDiT(nn.Module):
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
         pooled: Tensor | None = None,
+        guidance: Tensor | None = None,
+        until: Tensor | None = None,
     ) -> Tensor:
         height, width = self._grid(x)
         tokens = self.entry(x).flatten(2).mT
@@ -129,14 +136,14 @@ class MMDiT(nn.Module):
         mask = None
         if words is not None and context_mask is not None:
             mask = torch.cat([context_mask, context_mask.new_ones(len(x), height * width)], 1)
-        summary = self._summary(t, label, pooled)
+        summary = self._summary(t, label, pooled, guidance, until)
         for block in self.blocks:
             tokens, words = through(block, self.checkpointing, tokens, words, summary, mask)
         return _unfolded(self.head(tokens, summary), height, width, self.config.patch)
 
-    def _summary(self, t: Tensor, label: Tensor | None, pooled: Tensor | None) -> Tensor:
+    def _summary(self, t: Tensor, label: Tensor | None, pooled: Tensor | None, *numbers: Tensor | None) -> Tensor:
         """What every modulation is made from, (B, dim)."""
-        return summed(self.time(t), label, pooled, self.label, self.pooled)
+        return summed(self.numbers(self.time(t), t, *numbers), label, pooled, self.label, self.pooled)
 
     def _places(self, height: int, width: int) -> Tensor:
         """The middle of the table, (1, height * width, dim)."""
@@ -164,6 +171,7 @@ class MMDiT(nn.Module):
         for module in (*self.time.mlp, *(self.pooled or ()), self.label):
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
+        self.numbers.reset()
         zeroed(self.head)
         for block in self.blocks:
             block.zero()

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.errors import ConfigError
-from sfumato.nets.layers import Attention, resampled, sinusoid, through, zeroed
+from sfumato.nets.layers import Attention, Numbers, resampled, sinusoid, through, zeroed
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,13 @@ class PixelUNetConfig:
 
     channels: the width of each level, from the full size down; every level but the last halves the picture.
     blocks: residual blocks a level; the way up has one more. heads: attention heads of each level, 0 for no attention.
-    middle: those at the bottom. told: how blocks take time and class, "add" (DDPM) or "scale" (ADM). resample: how
-    sizes change, by a "convolution" (DDPM) or inside a residual "block" (ADM). pad_after: the halving convolution pads
-    only right and below, as in DDPM's own code.
+    middle: those at the bottom. modulation: how blocks take time and class, "add" (DDPM) or "scale" (ADM). resample:
+    how sizes change, by a "convolution" (DDPM) or inside a residual "block" (ADM). pad_after: the halving convolution
+    pads only right and below, as in DDPM's own code.
     frequencies: of the time's sinusoid, 0 for as many as the first level is wide; the embedding is 4 times as wide.
     sines_first, include_end: see `sfumato.nets.layers.sinusoid`; DDPM has both.
     classes: 0 for none. unlabelled: whether there is one more, for "no class". context_dim: this net reads no words.
+    told: numbers beside the time, see `sfumato.nets.layers.Numbers`.
     """
 
     size: int | tuple[int, int] = 32
@@ -39,7 +40,7 @@ class PixelUNetConfig:
     blocks: int = 2
     heads: tuple[int, ...] = (0, 1, 0, 0)
     middle: int = 1
-    told: Literal["add", "scale"] = "add"
+    modulation: Literal["add", "scale"] = "add"
     resample: Literal["convolution", "block"] = "convolution"
     pad_after: bool = False
     frequencies: int = 0
@@ -51,6 +52,7 @@ class PixelUNetConfig:
     groups: int = 32
     eps: float = 1e-5
     dropout: float = 0.0
+    told: tuple[Literal["guidance", "until"], ...] = ()
 
 
 _DDPM = PixelUNetConfig(pad_after=True, sines_first=True, include_end=True, eps=1e-6)
@@ -61,7 +63,7 @@ _ADM = PixelUNetConfig(
     blocks=3,
     heads=(0, 6, 9, 12),
     middle=12,
-    told="scale",
+    modulation="scale",
     resample="block",
     classes=1000,
     unlabelled=False,
@@ -84,7 +86,7 @@ PRESETS = {
         frequencies=256,
     ),
     "consistency-64": replace(_ADM, out_channels=3),
-    "consistency-256": replace(_ADM_256, out_channels=3, told="add", classes=0),
+    "consistency-256": replace(_ADM_256, out_channels=3, modulation="add", classes=0),
 }
 
 
@@ -109,6 +111,7 @@ class PixelUNet(nn.Module):
         widths, frequencies = config.channels, _frequencies(config)
         dim = 4 * frequencies
         self.time = nn.Sequential(nn.Linear(frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.numbers = Numbers(config.told, dim)
         self.label = nn.Embedding(config.classes + config.unlabelled, dim) if config.classes else None
         self.entry = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down, kept = self._way_down(dim)
@@ -117,9 +120,17 @@ class PixelUNet(nn.Module):
         self.norm = nn.GroupNorm(config.groups, widths[0], eps=config.eps)
         self.exit = zeroed(nn.Conv2d(widths[0], config.out_channels or config.in_channels, 3, padding=1))
 
-    def forward(self, x: Tensor, t: Tensor, *, label: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        *,
+        label: Tensor | None = None,
+        guidance: Tensor | None = None,
+        until: Tensor | None = None,
+    ) -> Tensor:
         self._check_size(x)
-        summary, recompute = self._summary(x, t, label), self.checkpointing
+        summary, recompute = self._summary(x, t, label, guidance, until), self.checkpointing
         h = self.entry(x)
         kept = [h]
         for stage in self.down:
@@ -131,11 +142,11 @@ class PixelUNet(nn.Module):
         out: Tensor = self.exit(F.silu(self.norm(h)))
         return out
 
-    def _summary(self, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+    def _summary(self, x: Tensor, t: Tensor, label: Tensor | None, *numbers: Tensor | None) -> Tensor:
         """What residual blocks are told, (B, dim)."""
         config = self.config
         waves = sinusoid(t, _frequencies(config), sines_first=config.sines_first, include_end=config.include_end)
-        summary: Tensor = self.time(waves.to(x.dtype))
+        summary: Tensor = self.numbers(self.time(waves.to(x.dtype)), t, *numbers)
         if self.label is not None:
             if label is None and not config.unlabelled:
                 raise ConfigError("this network draws no picture without a class", where="label", fix="a label")
@@ -224,7 +235,7 @@ class ResBlock(nn.Module):
         resample: Literal["up", "down"] | None = None,
     ) -> None:
         super().__init__()
-        self.resample, self.scales = resample, config.told == "scale"
+        self.resample, self.scales = resample, config.modulation == "scale"
         self.norm1 = nn.GroupNorm(config.groups, width, eps=config.eps)
         self.conv1 = nn.Conv2d(width, out, 3, padding=1)
         self.told = nn.Linear(dim, 2 * out if self.scales else out)

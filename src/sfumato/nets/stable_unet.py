@@ -8,13 +8,14 @@ from nothing there is `sfumato.nets.unet`; this one is for checkpoints, and its 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.errors import ConfigError
-from sfumato.nets.layers import attended, mlp, sinusoid, through, zeroed
+from sfumato.nets.layers import Numbers, attended, mlp, sinusoid, through, zeroed
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class StableUNetConfig:
     by convolutions of 1x1: the same numbers, stored differently.
     pooled_dim: of the vector that SDXL is told, 0 for none. guidance_dim: of the embedded guidance of latent
     consistency models, 0 for none. size: of the latent map; others that divide will do.
+    told: further numbers beside the time, see `sfumato.nets.layers.Numbers`; the guidance is not told twice.
     """
 
     size: int | tuple[int, int] = 64
@@ -43,6 +45,7 @@ class StableUNetConfig:
     linear: bool = False
     groups: int = 32
     dropout: float = 0.0
+    told: tuple[Literal["guidance", "until"], ...] = ()
 
 
 _XL = StableUNetConfig(
@@ -89,6 +92,7 @@ class WayDown(nn.Module):
         self.time = nn.Sequential(nn.Linear(widths[0], dim), nn.SiLU(), nn.Linear(dim, dim))
         self.guided = zeroed(nn.Linear(config.guidance_dim, widths[0], bias=False)) if config.guidance_dim else None
         self.pooled = mlp(config.pooled_dim, dim) if config.pooled_dim else None
+        self.numbers = Numbers([one for one in config.told if not (one == "guidance" and config.guidance_dim)], dim)
         self.entry = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down, self.widths = self._way_down(dim)
         self.middle = Middle(config, dim)
@@ -100,14 +104,16 @@ class WayDown(nn.Module):
             kept.append(through(stage, self.checkpointing, kept[-1], *told))
         return kept, through(self.middle, self.checkpointing, kept[-1], *told)
 
-    def summary(self, x: Tensor, t: Tensor, pooled: Tensor | None, guidance: Tensor | None) -> Tensor:
+    def summary(
+        self, x: Tensor, t: Tensor, pooled: Tensor | None, guidance: Tensor | None, until: Tensor | None
+    ) -> Tensor:
         """What residual blocks are told, (B, dim)."""
         embedded = sinusoid(t, self._shape.channels[0]).to(x.dtype)
         if self.guided is not None and guidance is not None:
             scaled = 1000 * guidance.float()
             waves = sinusoid(scaled, self._shape.guidance_dim, sines_first=True, include_end=True)
             embedded = embedded + self.guided(waves.to(x.dtype))
-        summary: Tensor = self.time(embedded)
+        summary: Tensor = self.numbers(self.time(embedded), t, guidance, until)
         if self.pooled is not None and pooled is not None:
             summary = summary + self.pooled(pooled)
         return F.silu(summary)
@@ -138,7 +144,8 @@ class WayDown(nn.Module):
 class StableUNet(WayDown):
     """Latents (B, in_channels, h, w) and indices of times (B,) from 0 to 999 to (B, out_channels, h, w).
 
-    context: (B, words, context_dim). pooled: (B, pooled_dim). guidance: (B,), the weight scale - 1. residuals: what is
+    context: (B, words, context_dim). pooled: (B, pooled_dim). guidance: (B,), the weight scale - 1 where the shape
+    is published, and the scale itself where the network is `told` it. until: (B,). residuals: what is
     added to the skips, one for each in the order of the way down, and last to the middle (`nets.controlnet`).
     """
 
@@ -158,10 +165,11 @@ class StableUNet(WayDown):
         context_mask: Tensor | None = None,
         pooled: Tensor | None = None,
         guidance: Tensor | None = None,
+        until: Tensor | None = None,
         residuals: Sequence[Tensor] | None = None,
     ) -> Tensor:
         self.check_size(x)
-        told = (self.summary(x, t, pooled, guidance), context, context_mask)
+        told = (self.summary(x, t, pooled, guidance, until), context, context_mask)
         kept, h = self.descended(self.entry(x), told)
         if residuals is not None:
             *added, last = residuals

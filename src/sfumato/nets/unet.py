@@ -16,7 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.errors import ConfigError
-from sfumato.nets.layers import Attention, FeedForward, TimeEmbedding, resampled, sincos_2d, summed, through, zeroed
+from sfumato.nets.layers import (
+    Attention,
+    FeedForward,
+    Numbers,
+    TimeEmbedding,
+    resampled,
+    sincos_2d,
+    summed,
+    through,
+    zeroed,
+)
 
 
 @dataclass(frozen=True)
@@ -28,7 +38,8 @@ class UNetConfig:
     attention: how many attention layers follow each residual block of a level, 0 for none.
     middle: attention layers at the bottom, between two residual blocks. head: channels an attention head.
     feed: a feed-forward layer after each attention, as in a transformer. patch: pixels folded into channels at the
-    door, which makes a big picture cheap. size, classes, context_dim, pooled_dim, out_channels: as for `DiTConfig`.
+    door, which makes a big picture cheap. size, classes, context_dim, pooled_dim, out_channels, told: as for
+    `DiTConfig`.
     """
 
     size: int | tuple[int, int] = 32
@@ -47,6 +58,7 @@ class UNetConfig:
     text: Literal["joint", "cross"] = "cross"
     qk_norm: bool = False
     dropout: float = 0.0
+    told: tuple[Literal["guidance", "until"], ...] = ()
 
     @property
     def per_level(self) -> tuple[int, ...]:
@@ -63,6 +75,7 @@ class UNet(nn.Module):
         widths, area = config.channels, config.patch**2
         dim = 4 * widths[0]
         self.time = TimeEmbedding(dim)
+        self.numbers = Numbers(config.told, dim)
         self.label = nn.Embedding(config.classes + 1, dim) if config.classes else None
         self.pooled = nn.Linear(config.pooled_dim, dim) if config.pooled_dim else None
         self.entry = nn.Conv2d(config.in_channels * area, widths[0], 3, padding=1)
@@ -83,9 +96,11 @@ class UNet(nn.Module):
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
         pooled: Tensor | None = None,
+        guidance: Tensor | None = None,
+        until: Tensor | None = None,
     ) -> Tensor:
         self._check_size(x)
-        summary = self._summary(t, label, pooled)
+        summary = self._summary(t, label, pooled, guidance, until)
         context = context if self.config.context_dim else None
         h = self.entry(F.pixel_unshuffle(x, self.config.patch) if self.config.patch > 1 else x)
         kept = [h]
@@ -124,8 +139,9 @@ class UNet(nn.Module):
                 stages.append(Stage(config, width, width, dim, 0, resample="up"))
         return stages
 
-    def _summary(self, t: Tensor, label: Tensor | None, pooled: Tensor | None) -> Tensor:
-        return F.silu(summed(self.time(t), label, pooled, self.label, self.pooled))
+    def _summary(self, t: Tensor, label: Tensor | None, pooled: Tensor | None, *numbers: Tensor | None) -> Tensor:
+        told = self.numbers(self.time(t), t, *numbers)
+        return F.silu(summed(told, label, pooled, self.label, self.pooled))
 
     def _check_size(self, x: Tensor) -> None:
         height, width = x.shape[-2:]

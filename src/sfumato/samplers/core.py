@@ -16,11 +16,14 @@ Noise = Callable[[Tensor], Tensor]  # standard normal noise like x (B, ...)
 
 
 class Ask(NamedTuple):
-    """A sampler's question: the model's answer at x (B, ...) and time t. `to` names what is needed, see `Denoise`."""
+    """A sampler's question: the model's answer at x (B, ...) and time t. `to` names what is needed, see `Denoise`, and
+    `until` is where a "jump" ends.
+    """
 
     x: Tensor
     t: float
     to: str = "x0"
+    until: float | None = None
 
 
 class Draw(NamedTuple):

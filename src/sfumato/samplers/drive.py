@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sfumato.denoiser import VARIANCE, Denoise, joined
+from sfumato.denoiser import JUMP, VARIANCE, Denoise, joined
 from sfumato.errors import ConfigError
 from sfumato.guidance import Branch, Forward, Guidance, Variants, combined, started, varied
 from sfumato.paths import Path
@@ -66,7 +67,8 @@ def drive_many(jobs: Sequence[Job], forward: Forward, variants: Variants | None 
     """Run several samplers together: whatever they ask, whatever their step, method or length, one forward a round.
 
     forward(x (R, ...), t (R,), cond) -> x0 answers all rows of equal shape at once; like a `Denoiser`, it may have
-    `answers` and take `to`. variants: as of `guided`. Returns the jobs' results in order, equal to their solo runs.
+    `answers` and take `to` and `until` (R,). variants: as of `guided`. Returns the jobs' results in order, equal to
+    their solo runs.
     """
     results: dict[int, Tensor] = {}
     asks: dict[int, Ask] = {}
@@ -109,20 +111,29 @@ def _answers(
     groups: dict[tuple[object, ...], list[tuple[int, int]]] = {}
     for i, ask in asks.items():
         for k, branch in enumerate(wanted[i]):
-            kind = (ask.x.shape[1:], ask.x.dtype, tuple(sorted(branch.cond)), branch.variant, ask.to)
+            alike = (branch.variant, ask.to, ask.until is None)
+            kind = (ask.x.shape[1:], ask.x.dtype, tuple(sorted(branch.cond)), *alike)
             groups.setdefault(kind, []).append((i, k))
     answers: dict[tuple[int, int], Tensor] = {}
     for rows in groups.values():
         some = [asks[i] for i, _ in rows]
         x = torch.cat([ask.x for ask in some])
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        t = torch.tensor([ask.t for ask in some for _ in range(len(ask.x))], dtype=dtype)
         i, k = rows[0]
         model = varied(forward, variants, wanted[i][k].variant)
         cond = joined([wanted[i][k].cond for i, k in rows])
-        said = model(x, t.to(x.device, non_blocking=True), cond, **_asking(some[0], model))
+        asking = _asking(some[0], model)
+        if "until" in asking:
+            asking["until"] = _row_by_row(x, [(float(ask.until or 0), len(ask.x)) for ask in some])
+        said = model(x, _row_by_row(x, [(ask.t, len(ask.x)) for ask in some]), cond, **asking)
         answers |= zip(rows, torch.split(said, [len(ask.x) for ask in some]), strict=True)
     return {i: [answers[i, k] for k in range(len(branches))] for i, branches in wanted.items()}
+
+
+def _row_by_row(x: Tensor, times: Sequence[tuple[float, int]]) -> Tensor:
+    """Times, each of so many rows, beside x: (B,)."""
+    each = [t for t, rows in times for _ in range(rows)]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.tensor(each, dtype=dtype).to(x.device, non_blocking=True)
 
 
 def _x0(ask: Ask, answer: Tensor) -> Tensor:
@@ -130,13 +141,14 @@ def _x0(ask: Ask, answer: Tensor) -> Tensor:
     return answer[:, : ask.x.shape[1]] if ask.to == VARIANCE else answer
 
 
-def _asking(ask: Ask, model: object) -> dict[str, str]:
+def _asking(ask: Ask, model: object) -> dict[str, Any]:
     """How to ask a model: plainly for the first of its answers, by name for another. ConfigError if it has no such."""
     answers: tuple[str, ...] = getattr(model, "answers", ("x0",))
     if ask.to not in answers:
         what, fix = _NEEDS.get(ask.to, (f"this sampler needs a model that answers {ask.to!r}", None))
         raise ConfigError(what, where="sampler", seen=f"a model that answers {', '.join(answers)}", fix=fix)
-    return {} if ask.to == answers[0] else {"to": ask.to}
+    asking: dict[str, Any] = {} if ask.to == answers[0] else {"to": ask.to}
+    return asking if ask.until is None else asking | {"until": ask.until}
 
 
 _NEEDS = {  # why, and what else one can do
@@ -151,5 +163,9 @@ _NEEDS = {  # why, and what else one can do
     "endpoint": (
         "this sampler needs a consistency model, which answers where the flow ends, not with a mean",
         "another sampler, or sampler.to=x0 to take the average for the end",
+    ),
+    JUMP: (
+        "this sampler needs a model that knows how far a jump goes, as MeanFlow and shortcut models do",
+        "sampler=ddim, whose steps are short jumps, or sampler=consistency where a model answers where the flow ends",
     ),
 }

@@ -23,6 +23,7 @@ from sfumato.train.control import under_control
 from sfumato.train.run import Run
 from sfumato.train.start import FOLDER, read_start, with_start
 from sfumato.train.step import pick_precision
+from sfumato.train.teaching import as_student
 
 # What a run has written before its first checkpoint: another may begin over it, if there is a run's lock beside it.
 LOGS = {".lock", "config.yaml", "log.txt", "metrics.jsonl", "loss.png", "loss_by_noise.png"}
@@ -55,6 +56,8 @@ def train(config: Config, *, run: str | Path, resume: bool = False, stop_after: 
         if begun is not None:
             begun = begun if config.control is None else under_control(begun, config.control, config.seed)
             config = with_start(config, begun)
+        if config.method is not None and not resume:
+            config, begun = as_student(config, begun)
         with closing(Run(config, folder, resume, begun)) as made:
             files.write_atomic(folder / "config.yaml", as_yaml(resolved(config)))
             return made.go(stopping, stop_after)

@@ -41,11 +41,13 @@ from sfumato.train.pixels import pixels
 from sfumato.train.preview import preview, reconstructions, wanted
 from sfumato.train.start import FOLDER, Start, model_of, read_start
 from sfumato.train.step import Outcome, Stepper
+from sfumato.train.teaching import student_of
 from sfumato.train.trainable import trainable
 from sfumato.train.validate import Validation
 
 ROLLBACKS = 5  # more of them, and somebody should look at the run
 NAMED = 8  # pictures of a step that was skipped
+FACTS = ("start", "teacher", "lora", "control")  # of the configuration, that a model keeps
 MEASURED = 512  # pictures by which the scale of an autoencoder's latents is measured
 
 
@@ -131,6 +133,8 @@ class Run:
             self.model = trainable(self.section, self.dataset, objective, files_)
         else:
             self.model = self._further(files_, start)
+        if config.method is not None:
+            self.model = student_of(self.model, config, objective, self.device)
         self.model.to(self.device).train()
         self.weights = self.model.trained()
         self.averaged = {name: p for name, p in self.weights.items() if self.model.is_kept(name)}
@@ -180,6 +184,7 @@ class Run:
         self.stepper.update(learning_rate(self.updates, self.config))
         for average in self.averages:
             average.update(list(self.averaged.values()), self.updates)
+        self.model.learned(self.updates, self.config.steps)
         self.updates += 1
         self.guard.made()
         self.pending.append({"loss": outcome.loss, "gradient_norm": outcome.norm, **outcome.parts})
@@ -316,7 +321,9 @@ class Run:
         """
         for i, (average, section) in enumerate(zip(self.averages, self.section["ema"], strict=True)):
             facts = {"run": self.config.name, "steps": self.step, "images": self.images, "seed": self.config.seed}
-            more = {name: self.section[name] for name in ("start", "lora", "control") if self.section[name] is not None}
+            more = {name: self.section[name] for name in FACTS if self.section[name] is not None}
+            if self.config.method is not None:
+                more["method"] = self.section["objective"]["kind"]
             end = f"-{i}" if i else ""
             if isinstance(self.model, AutoencoderModel):
                 with average.applied(list(self.averaged.values())):

@@ -84,7 +84,7 @@ class Stepper:
         x0 = clean(self.model, batch, self.device, generator(seed, "latents", step, micro))
         rng = generator(seed, "noise", step, micro)
         with self.autocast():
-            return self.objective(self.model.learner(step), x0, self.cond(raw), rng)
+            return self.objective(self.model.learner(step, raw), x0, self.cond(raw), rng)
 
     def judged(self, batch: Batch, *address: str | int) -> Loss:
         """The objective on a batch that is not learned from, with this address' times and noise, whole conditions."""
@@ -92,7 +92,7 @@ class Stepper:
         x0 = clean(self.model, batch, self.device, generator(self.config.seed, "latents", *address))
         with self.autocast():
             rng = generator(self.config.seed, *address)
-            return self.objective(self.model.learner(None), x0, self.cond(raw), rng)
+            return self.objective(self.model.learner(None, raw), x0, self.cond(raw), rng)
 
     def cond(self, raw: Sequence[Raw]) -> Cond:
         """What the network is told, computed or from the cache."""

@@ -267,7 +267,7 @@ def _described(config: PixelUNetConfig) -> dict[str, Any]:
         "norm_num_groups": config.groups,
         "num_class_embeds": config.classes or None,
         "out_channels": config.out_channels or config.in_channels,
-        "resnet_time_scale_shift": "scale_shift" if config.told == "scale" else "default",
+        "resnet_time_scale_shift": "scale_shift" if config.modulation == "scale" else "default",
         "sample_size": shared.as_size(config.size),
         "time_embedding_type": "positional",
         "up_block_types": [up for _, up in reversed(types)],

@@ -131,7 +131,7 @@ class Seen:
             blocks=self.blocks,
             heads=tuple(heads.of(w) if has else 0 for w, has in zip(self.channels, self.attended, strict=True)),
             middle=heads.of(self.channels[-1]) if self.middle else 0,
-            told="scale" if self.scales else "add",
+            modulation="scale" if self.scales else "add",
             resample="block" if self.resamples else "convolution",
             frequencies=0 if self.frequencies == self.channels[0] else self.frequencies,
             classes=self.classes,

@@ -1,0 +1,166 @@
+"""What objectives for students share: a teacher that answers under its guidance, and a lesson, which is a step.
+
+Distillation turns a model into one that needs fewer calls. The teacher stands still and is asked as a sampler would ask
+it; a slow copy of the student may stand for its past; a critic may learn beside it and be thrown away. All of them are
+denoisers or are made from one, so a method knows nothing of networks, conditions or devices: it is given a `Lesson`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Generator, Tensor, nn
+
+from sfumato.denoiser import Bound, Cond, Denoiser, joined, times_like, translated
+from sfumato.errors import ConfigError
+from sfumato.guidance import CFG, Guidance, Unguided, combined, given, started
+from sfumato.objectives.denoising import Loss
+from sfumato.paths import Path
+
+Scale = float | Tensor  # of classifier-free guidance: one for all, or one a sample (B,)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen model with the conditions of a batch filled in.
+
+    denoiser: any model that answers "x0". cond: of each sample; null: makes the absence of it, once. guidance: how it
+    is guided unless it is asked otherwise, its conditions not filled in. spoken: the path on which it is asked, where
+    that is not its own.
+    """
+
+    denoiser: Denoiser
+    cond: Cond
+    null: Callable[[], Cond]
+    guidance: Guidance
+    spoken: Path | None = None
+
+    @property
+    def path(self) -> Path:
+        """The path on which it is asked: its student's."""
+        return self.spoken or self.denoiser.path
+
+    @torch.no_grad()
+    def __call__(self, x_t: Tensor, t: float | Tensor, guidance: Scale | None = None) -> Tensor:
+        """x0-hat (B, ...) at x_t and times (B,). guidance: a scale of classifier-free guidance in place of its own."""
+        t = times_like(t, x_t)
+        if self.spoken is not None and self.spoken != self.denoiser.path:  # x0-hat is of no path
+            x_t, t = translated(self.spoken, self.denoiser.path, x_t, t)
+        if guidance is not None:
+            return self._by_scale(x_t, t, guidance)
+        if isinstance(self.guidance, Unguided) or not self.cond:
+            return self._by_scale(x_t, t, 1.0)
+        if isinstance(self.guidance, CFG) and self.guidance == CFG(scale=self.guidance.scale):
+            return self._by_scale(x_t, t, self.guidance.scale)  # which means the same at all times
+        return self._by_rows(x_t, t)
+
+    def bound(self, guidance: Scale | None = None) -> Bound:
+        """What samplers ask: x0-hat under one guidance."""
+        return Bound(self.path, lambda x, t: self(x, t, guidance))
+
+    def _by_scale(self, x_t: Tensor, t: Tensor, scale: Scale) -> Tensor:
+        if not self.cond or (not isinstance(scale, Tensor) and scale == 1):
+            plain: Tensor = self.denoiser(x_t, t, self.cond)
+            return plain
+        rows, times = torch.cat([x_t, x_t]), torch.cat([t, t])
+        said, silent = self.denoiser(rows, times, joined([self.cond, self.null()])).chunk(2)
+        much = scale.to(said).reshape(-1, *(1,) * (said.ndim - 1)) if isinstance(scale, Tensor) else scale
+        guided: Tensor = silent + much * (said - silent)
+        return guided
+
+    def _by_rows(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Each sample has a time of its own, and so what its guidance wants may differ: one forward for all."""
+        null, conds, asked = self.null(), list[Cond](), list[int]()
+        guides, wanted = [], []
+        for i, time in enumerate(t.tolist()):
+            own = {name: value[i : i + 1] for name, value in self.cond.items()}
+            none = {name: value[i : i + 1] for name, value in null.items()}
+            guide = started(given(self.guidance, own, lambda none=none: none))  # type: ignore[misc]
+            branches = guide.branches(self.denoiser.path, time)
+            if any(branch.variant is not None for branch in branches):
+                seen = type(self.guidance).__name__
+                fix = "teacher_guidance=2, or any that asks the network itself"
+                raise ConfigError(
+                    "a teacher has no variants of its network", where="teacher_guidance", seen=seen, fix=fix
+                )
+            guides.append(guide)
+            wanted.append(range(len(conds), len(conds) + len(branches)))
+            conds += [branch.cond for branch in branches]
+            asked += [i] * len(branches)
+        rows = torch.tensor(asked, device=x_t.device)
+        said: Tensor = self.denoiser(x_t[rows], t[rows], joined(conds))
+        each = zip(guides, wanted, t.tolist(), strict=True)
+        return torch.cat(
+            [
+                combined(guide, self.denoiser.path, x_t[i : i + 1], time, [said[k : k + 1] for k in which])
+                for i, (guide, which, time) in enumerate(each)
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A step of a student: everything that a method may ask for.
+
+    student: learns. teacher: None where the configuration names none. slow: follows the student, frozen, where the
+    method says how fast. critic: learns with the student, and is not kept. step: of `steps`; None is for judging, when
+    nothing learns. null: makes the absence of the student's condition.
+    """
+
+    student: Denoiser
+    teacher: Teacher | None = None
+    slow: Denoiser | None = None
+    critic: nn.Module | None = None
+    step: int | None = None
+    steps: int = 1
+    null: Callable[[], Cond] = dict
+
+    @property
+    def path(self) -> Path:
+        """The student's path."""
+        return self.student.path
+
+    @property
+    def progress(self) -> float:
+        """How much of training is done, 0 to 1. Judging is done by the end's measure."""
+        return 1.0 if self.step is None else min(1.0, self.step / max(1, self.steps))
+
+    @property
+    def taught(self) -> Teacher:
+        """The teacher, of a method that cannot do without. ConfigError where there is none."""
+        if self.teacher is None:
+            raise ConfigError(
+                "this method needs a teacher", where="teacher", seen="none", fix="teacher=runs/quickstart"
+            )
+        return self.teacher
+
+
+@runtime_checkable
+class Method(Protocol):
+    """An objective whose model becomes a student: it is called with a `Lesson`. See `METHODS` of the catalogue."""
+
+    @property
+    def told(self) -> Sequence[str]:
+        """The numbers that the student's network is told beside the time: "guidance", "until"."""
+        ...
+
+    def __call__(self, lesson: Lesson, x0: Tensor, cond: Cond | None = None, rng: Generator | None = None) -> Loss: ...
+
+
+@runtime_checkable
+class Follows(Protocol):
+    """A method with a slow copy of the student."""
+
+    def follow(self, step: int, steps: int) -> float:
+        """How much of the slow copy stays after step `step` (from 0) of `steps`: 0 copies the student, 1 keeps all."""
+        ...
+
+
+@runtime_checkable
+class Judges(Protocol):
+    """A method with a critic."""
+
+    def critic(self, denoiser: Denoiser) -> nn.Module:
+        """A new critic, made of the teacher's denoiser (of the student's, where there is no teacher)."""
+        ...

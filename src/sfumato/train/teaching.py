@@ -1,0 +1,200 @@
+"""Students: models that learn from another, by an objective of `METHODS`.
+
+A student is the model that will be kept, with those who take part in its training around it: a teacher, which is read
+anew where a run goes on; a slow copy of its network and a critic, which are in checkpoints and not in the model. Where
+it starts from a model, its network is told what the method needs to tell it by new layers that say nothing at first.
+"""
+
+import copy
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from sfumato.catalogue import Method as Line
+from sfumato.catalogue import build
+from sfumato.conditioners import Raw, silent
+from sfumato.config import Config
+from sfumato.denoiser import Cond, Denoiser
+from sfumato.errors import CheckpointError, ConfigError
+from sfumato.guidance import Guidance
+from sfumato.io.directory import load_model
+from sfumato.io.fill import unfilled
+from sfumato.io.published import is_published, load_published
+from sfumato.model import Model, build_model
+from sfumato.objectives.teaching import Follows, Judges, Lesson, Method, Teacher
+from sfumato.pipeline import model_folder
+from sfumato.settings import Settings
+from sfumato.train.keys import key
+from sfumato.train.start import Start
+
+SLOW, CRITIC = "slow", "critic"  # the parts beside a student's own
+
+
+class Student(Model):
+    """A model with those who take part in its training. Weights are also under `slow.` and `critic.`, where it has
+    such; they are not kept.
+
+    teacher: not one of its modules: it neither learns nor is saved. guidance: how the teacher is guided.
+    """
+
+    def __init__(self, model: Model, steps: int) -> None:
+        super().__init__(model.denoiser, model.conditioner, model.codec, model.spec)
+        self.facts, self.steps = model.facts, steps
+        self.slow: Denoiser | None = None
+        self.critic: nn.Module | None = None
+        self.follow: Follows | None = None
+        self._teacher: tuple[Model, Guidance] | None = None
+        self._read: tuple[Sequence[Raw], Cond] | None = None  # the last conditions, where a teacher reads the same
+
+    def learner(self, step: int | None, raw: Sequence[Raw]) -> Lesson:
+        kept = () if self.conditioner is None else self.conditioner.kept
+        none = [silent(one, kept) for one in raw]
+        return Lesson(
+            self.denoiser, self._bound(raw), self.slow, self.critic, step, self.steps, partial(self._cond, self, none)
+        )
+
+    @torch.no_grad()
+    def learned(self, step: int, steps: int) -> None:
+        if self.follow is None or self.slow is None:
+            return
+        kept = self.follow.follow(step, steps)
+        if kept < 1:
+            pairs = list(zip(self.slow.net.parameters(), self.net.parameters(), strict=True))
+            torch._foreach_lerp_([slow for slow, _ in pairs], [own for _, own in pairs], 1 - kept)
+
+    def is_kept(self, name: str) -> bool:
+        return not name.startswith((f"{SLOW}.", f"{CRITIC}."))
+
+    def clipped(self) -> list[list[nn.Parameter]]:
+        """The student and its critic each for itself: the gradients of one say nothing of the other's."""
+        named = self.trained()
+        parts = [[p for name, p in named.items() if self.is_kept(name) == kept] for kept in (True, False)]
+        return [part for part in parts if part]
+
+    def compiled(self) -> list[nn.Module]:
+        beside = [None if self.slow is None else self.slow.net, self._teacher and self._teacher[0].net]
+        return [self.net, *(one for one in beside if one is not None)]
+
+    def parts(self) -> dict[str, nn.Module]:
+        beside = {SLOW: None if self.slow is None else self.slow.net, CRITIC: self.critic}
+        return super().parts() | {name: one for name, one in beside.items() if one is not None}
+
+    def taught_by(self, teacher: Model, guidance: Guidance) -> None:
+        """Gives it a teacher. Where both read alike, they read once."""
+        own = self.conditioner
+        if own is not None and teacher.conditioner is not None and _alike(self, teacher):
+            teacher.conditioner = own
+        self._teacher = (teacher, guidance)
+
+    def cond(self, raw: Sequence[Raw]) -> Cond:
+        if self._read is None or self._read[0] is not raw:
+            shared = self._teacher is not None and self._teacher[0].conditioner is self.conditioner
+            if not shared:
+                return super().cond(raw)
+            self._read = (raw, super().cond(raw))
+        return self._read[1]
+
+    def _bound(self, raw: Sequence[Raw]) -> Teacher | None:
+        if self._teacher is None:
+            return None
+        teacher, guidance = self._teacher
+        kept = () if teacher.conditioner is None else teacher.conditioner.kept
+        null = partial(self._cond, teacher, [silent(one, kept) for one in raw])
+        reads = self if teacher.conditioner is self.conditioner else teacher
+        return Teacher(teacher.denoiser, self._cond(reads, raw), null, guidance, self.denoiser.path)
+
+    @staticmethod
+    @torch.no_grad()
+    def _cond(model: Model, raw: Sequence[Raw]) -> Cond:
+        return model.cond(raw)
+
+
+def as_student(config: Config, begun: Start | None) -> tuple[Config, Start | None]:
+    """The configuration of a student, and what it starts from, with what its method asks of the network: what it
+    answers, and the numbers that it is told. New layers are drawn by the run's seed.
+    """
+    line, method = _method(config), build(config.objective, "Objective")
+    assert config.model is not None  # its own, or that of its start
+    section = config.model.model_dump(mode="json")
+    if method.told and config.lora is not None:
+        seen, what = ", ".join(method.told), "a low-rank change has no layers for a number that is told"
+        raise ConfigError(what, where="lora", seen=seen, fix="lora=null, or an objective that tells nothing")
+    told = [*section["net"].get("told", ()), *(one for one in method.told if one not in section["net"].get("told", ()))]
+    net = {**section["net"], "told": told} if told else section["net"]
+    changed = type(config.model).model_validate({**section, "net": net, "answers": list(line.answers)})
+    config = config.model_copy(update={"model": changed})
+    if begun is None:
+        return config, None
+    spec = {**begun.spec, "model": changed.model_dump(mode="json")}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key(config.seed, "told"))
+        fresh = build_model(spec, files=begun.files).weights() if told else {}
+    return config, Start(spec, {**fresh, **begun.weights}, begun.files, begun.where)
+
+
+def student_of(model: Any, config: Config, objective: Any, device: torch.device) -> Student:
+    """A model, ready to learn by the configured method: with its teacher, its slow copy and its critic."""
+    line = _method(config)
+    if not isinstance(model, Model) or not isinstance(objective, Method):
+        raise ConfigError("this objective trains a network", where="model.net", seen="null", fix="model.net=dit")
+    student = Student(model, config.steps)
+    teacher = None
+    if config.teacher is not None:
+        teacher = read_teacher(config.teacher).to(device)
+        if student.conditioner is not None and config.start is not None:
+            student.conditioner.requires_grad_(False)  # what it was taught to read stays
+        student.taught_by(teacher, guidance_of(config, teacher))
+    if line.slow and config.lora is None:  # of a low-rank change there is no copy: it is judged by itself
+        assert isinstance(objective, Follows)
+        student.slow, student.follow = copy.deepcopy(student.denoiser).requires_grad_(False), objective
+    if line.critic:
+        assert isinstance(objective, Judges)
+        torch.manual_seed(key(config.seed, CRITIC))
+        student.critic = objective.critic(student.denoiser if teacher is None else teacher.denoiser)
+    return student
+
+
+def read_teacher(path: str) -> Model:
+    """A frozen model to learn from: of a run, a model directory, a folder of diffusers or a file."""
+    folder = model_folder(path)
+    if not folder.exists():
+        raise CheckpointError(
+            "there is no teacher to learn from", where="teacher", seen=path, fix="a run, a model, or a folder"
+        )
+    with unfilled():
+        model = load_published(folder) if is_published(folder) else load_model(folder)
+    if "x0" not in model.answers:
+        seen = f"a model that answers {', '.join(model.answers)}"
+        what, fix = "a teacher is asked for E[x0 | x_t]", "the model that this one was distilled from"
+        raise ConfigError(what, where="teacher", seen=seen, fix=fix)
+    return model.eval().requires_grad_(False)
+
+
+def guidance_of(config: Config, teacher: Model) -> Guidance:
+    """How a teacher is guided: as configured, or as it recommends. Its conditions are not filled in."""
+    said = config.teacher_guidance
+    if said is not None:
+        return Settings(guidance=said).unfilled
+    own = teacher.spec["sampling"]
+    recommended = {name: own[name] for name in ("guidance", "interval", "rescale") if own.get(name) is not None}
+    return Settings(**recommended).unfilled
+
+
+def _method(config: Config) -> Line:
+    line = config.method
+    assert line is not None
+    return line
+
+
+def _alike(student: Model, teacher: Model) -> bool:
+    """Whether two models read what they are told in the same way, with the same weights that stand still."""
+    own, other = student.conditioner, teacher.conditioner
+    assert own is not None and other is not None
+    if student.spec["model"]["conditioner"] != teacher.spec["model"]["conditioner"] or own.files() != other.files():
+        return False
+    mine, theirs = own.state_dict(), other.state_dict()
+    frozen = not any(p.requires_grad for p in own.parameters())
+    return frozen and mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
