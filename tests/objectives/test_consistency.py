@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.objectives.taught import Small, four_modes, knows, lesson, rng, sliced_wasserstein, teacher_of
 from torch import Tensor, nn
 
 from oracles import SHAPES, gaussian_like
@@ -18,11 +19,10 @@ from sfumato.grids import karras, logistic
 from sfumato.objectives import ConsistencyDistillation, ConsistencyTraining
 from sfumato.objectives.consistency import HUBER, apart, end_of
 from sfumato.objectives.teaching import Lesson
-from sfumato.paths import Cosine, Linear, Path, Tabulated, VarianceExploding, noised
+from sfumato.paths import Cosine, Linear, Path, Tabulated, VarianceExploding
 from sfumato.predictions import EPS, VELOCITY, X0, Prediction, V, edm
 from sfumato.samplers import drive
 from sfumato.samplers.consistency import consistency
-from tests.objectives.taught import Small, four_modes, knows, lesson, rng, sliced_wasserstein, teacher_of
 
 PATHS: tuple[Path, ...] = (Linear(), Cosine(), Tabulated(zero_terminal_snr=True), VarianceExploding(20.0))
 paths = pytest.mark.parametrize("path", PATHS, ids=str)
@@ -152,7 +152,7 @@ class Drops(nn.Module):
 
 def test_both_branches_drop_the_same() -> None:
     student = Denoiser(Drops(), Linear(), X0).train()
-    pair = lambda path, n: torch.tensor([0.8, 0.6, 0.4], dtype=torch.float64)  # noqa: E731
+    pair = lambda path, n: torch.tensor([0.8, 0.6, 0.4], dtype=torch.float64)
     loss = ConsistencyTraining(pair, 2, 2, 0.0)(lesson(student, None), torch.randn(4, 64), rng=rng())
     assert float(loss.each.max()) == 0
     said = student(torch.ones(4, 64), 0.5)
@@ -204,12 +204,14 @@ def drawn(student: Denoiser, steps: int, grid: Any, n: int = 4000) -> Tensor:
     path, noise = student.path, rng(9)
     times = grid(path, steps)
     x = torch.randn(n, 2, generator=noise) * float(path.sigma(times[0]))
-    ends = lambda x, t, to=None: student(x, t)  # noqa: E731
+    ends = lambda x, t, to=None: student(x, t)
     from sfumato.denoiser import Bound
 
     with torch.no_grad():
         return drive(
-            consistency(path, x, times), Bound(path, ends, ("endpoint",)), lambda x: torch.randn(x.shape, generator=noise)
+            consistency(path, x, times),
+            Bound(path, ends, ("endpoint",)),
+            lambda x: torch.randn(x.shape, generator=noise),
         )
 
 
