@@ -112,17 +112,38 @@ OBJECTIVES = {
     "autoencoder": "sfumato.objectives.autoencoding:Autoencoding",
     "guidance": "sfumato.objectives.guidance:GuidanceDistillation",
     "reflow": "sfumato.objectives.reflow:Reflow",
+    "latent_consistency": "sfumato.objectives.latent_consistency:LatentConsistency",
+    "progressive": "sfumato.objectives.progressive:Progressive",
+    "consistency_distillation": "sfumato.objectives.consistency:ConsistencyDistillation",
+    "consistency_training": "sfumato.objectives.consistency:ConsistencyTraining",
+    "distribution_matching": "sfumato.objectives.distribution:DistributionMatching",
 }
 # What makes a student of a model: the objectives of these names are called with a `Lesson`.
 METHODS = {
     "guidance": Method("the guided answer of the teacher in one call, for one scale or any that it is told"),
     "reflow": Method("straight flows, from pairs of noise and of where the teacher takes it", pairs=True),
+    "latent_consistency": Method(
+        "where the guided flow ends, for any data (LCM, LCM-LoRA)", answers=("endpoint",), slow=True
+    ),
+    "progressive": Method("two steps of the teacher in one, again and again", slow=True),
+    "consistency_distillation": Method(
+        "where the teacher's guided flow ends, from steps of a solver (CD)", answers=("endpoint",), slow=True
+    ),
+    "consistency_training": Method(
+        "where the flow ends, from data alone (CT)", teacher="none", answers=("endpoint",), slow=True
+    ),
+    "distribution_matching": Method(
+        "the teacher's guided distribution in a few steps, by a score of the student's own (DMD2)",
+        answers=("endpoint",),
+        critic=True,
+    ),
 }
 DISTANCES = {
     "laplacian": "sfumato.objectives.distances:Laplacian",
     "ssim": "sfumato.objectives.distances:StructuralSimilarity",
 }
 DISCRIMINATORS = {"patch": "sfumato.nets.discriminator:PatchDiscriminator"}
+HEADS = {"features": "sfumato.nets.features:on_features"}
 GRIDS = {
     "logistic": "sfumato.grids:logistic",
     "explicit": "sfumato.grids:explicit",
@@ -257,6 +278,7 @@ KINDS: Mapping[str, Mapping[str, str]] = {
     "Objective": OBJECTIVES,
     "Distance": DISTANCES,
     "Discriminator": DISCRIMINATORS,
+    "Heads": HEADS,
     "Grid": GRIDS,
     "Guidance": GUIDANCES,
     "LogProb": {},  # the user's own
