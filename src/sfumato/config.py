@@ -202,7 +202,7 @@ class Config(Section):
     start: str | None = None
     teacher: str | None = None
     teacher_guidance: Annotated[float, Field(ge=0)] | Slot | None = None
-    pairs: PairsSection = PairsSection()
+    pairs: PairsSection | None = None
     lora: LoraSection | None = None
     control: ControlSection | None = None
     objective: Slot = {"kind": "denoising"}
@@ -228,9 +228,11 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _begun(cls, raw: Any) -> Any:
-        """A student without a model of its own starts from its teacher."""
+        """A student without a model of its own starts from its teacher; a method of pairs has some."""
         if isinstance(raw, dict) and raw.get("teacher") and raw.get("model") is None and raw.get("start") is None:
-            return {**raw, "start": raw["teacher"]}
+            raw = {**raw, "start": raw["teacher"]}
+        if isinstance(raw, dict) and raw.get("pairs") is None and (method := _method_of(raw)) and method.pairs:
+            raw = {**raw, "pairs": {}}
         return raw
 
     @property
@@ -248,6 +250,12 @@ class Config(Section):
         """Where latents and states of texts are kept: a folder, true for the usual one, or nowhere."""
         said: str | bool | None = self.data.get(CACHE)
         return said
+
+
+def _method_of(raw: dict[str, Any]) -> Method | None:
+    """The line of `METHODS` of a raw configuration."""
+    said = raw.get("objective")
+    return METHODS.get(str(said.get("kind") if isinstance(said, dict) else said))
 
 
 def source_of(slot: dict[str, Any]) -> dict[str, Any]:

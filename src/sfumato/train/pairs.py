@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sfumato import files
 from sfumato.catalogue import build
-from sfumato.config import Config
+from sfumato.config import Config, PairsSection
 from sfumato.data.pairs import Paired, PairStore
 from sfumato.data.picture import Dataset
 from sfumato.errors import ConfigError, DataError, Interrupted
@@ -46,8 +46,9 @@ def pairs_for(
     Raises Interrupted after the shard at which it was told to stop, ConfigError for a solver that draws noise,
     DataError if the teacher's answers are not finite or the disk has no room.
     """
-    place = folder / FOLDER if config.pairs.folder is None else Path(config.pairs.folder).expanduser()
-    paired = Paired(dataset, config.pairs.count, config.seed)
+    said = pairs_of(config)
+    place = folder / FOLDER if said.folder is None else Path(said.folder).expanduser()
+    paired = Paired(dataset, said.count, config.seed)
     store = PairStore(place, _about(config, student, dataset), len(paired), student.codec.shape(*dataset.shape))
     with files.lock(store.folder, "making pairs"):
         files.sweep(store.folder)
@@ -67,11 +68,17 @@ def pairs_for(
     return store, paired
 
 
+def pairs_of(config: Config) -> PairsSection:
+    """What a configuration says of its pairs."""
+    assert config.pairs is not None  # which the configuration of such a method always has
+    return config.pairs
+
+
 def _about(config: Config, student: Student, dataset: Dataset) -> dict[str, Any]:
     """Everything that pairs depend on, but how many they are."""
     assert student.teacher is not None  # which its method needs
     teacher, guidance = student.teacher
-    said = config.pairs
+    said = pairs_of(config)
     return {
         "teacher": {name: digest(part) for name, part in sorted(teacher.parts().items())},
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(teacher.files().items())},
@@ -90,8 +97,9 @@ def _about(config: Config, student: Student, dataset: Dataset) -> dict[str, Any]
 def _made(config: Config, student: Student, paired: Paired, numbers: range, device: torch.device) -> Any:
     """The data and the noise of some pairs: (n, 2, C, h, w)."""
     parts = []
-    for start in range(0, len(numbers), config.pairs.batch):
-        some = numbers[start : start + config.pairs.batch]
+    at_once = pairs_of(config).batch
+    for start in range(0, len(numbers), at_once):
+        some = numbers[start : start + at_once]
         shape = student.codec.shape(*paired.shape)
         noise = torch.stack([torch.randn(shape, generator=generator(config.seed, "pair", k)) for k in some])
         x0 = flow_end(config, student, paired.fields(some), noise.to(device)).float().cpu()
@@ -108,8 +116,9 @@ def flow_end(config: Config, student: Student, raw: Any, noise: Tensor) -> Tenso
     """Where the teacher's flow takes noise (B, ...), under its guidance and the conditions of the pairs."""
     teacher = student.bound(raw)
     assert teacher is not None  # which its method needs
-    path, said = teacher.denoiser.path, spelled_out({"sampler": config.pairs.sampler, "grid": config.pairs.grid})
-    times = build(said["grid"], "Grid")(path, config.pairs.steps)
+    path, wanted = teacher.denoiser.path, pairs_of(config)
+    said = spelled_out({"sampler": wanted.sampler, "grid": wanted.grid})
+    times = build(said["grid"], "Grid")(path, wanted.steps)
     guide = given(teacher.guidance, teacher.cond, teacher.null)
     first = times[0].to("cpu", torch.float64)
     spread = math.hypot(float(path.alpha(first)), float(path.sigma(first)))
