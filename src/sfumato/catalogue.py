@@ -103,10 +103,20 @@ OBJECTIVES = {
     "vdm": "sfumato.objectives.vdm:VDM",
     "autoencoder": "sfumato.objectives.autoencoding:Autoencoding",
     "guidance": "sfumato.objectives.guidance:GuidanceDistillation",
+    "meanflow": "sfumato.objectives.meanflow:MeanFlow",
+    "improved_meanflow": "sfumato.objectives.meanflow:ImprovedMeanFlow",
+    "shortcut": "sfumato.objectives.shortcut:Shortcut",
 }
 # What makes a student of a model: the objectives of these names are called with a `Lesson`.
 METHODS = {
     "guidance": Method("the guided answer of the teacher in one call, for one scale or any that it is told"),
+    "meanflow": Method(
+        "jumps of any length, by how they change along the flow", "optional", answers=("jump",), derivative=True
+    ),
+    "improved_meanflow": Method(
+        "the same as a regression of velocities, with the guidance told", "optional", answers=("jump",), derivative=True
+    ),
+    "shortcut": Method("jumps of any length, each from two of half", "optional", answers=("jump",), slow=True),
 }
 DISTANCES = {
     "laplacian": "sfumato.objectives.distances:Laplacian",
