@@ -117,6 +117,9 @@ OBJECTIVES = {
     "consistency_distillation": "sfumato.objectives.consistency:ConsistencyDistillation",
     "consistency_training": "sfumato.objectives.consistency:ConsistencyTraining",
     "distribution_matching": "sfumato.objectives.distribution:DistributionMatching",
+    "meanflow": "sfumato.objectives.meanflow:MeanFlow",
+    "improved_meanflow": "sfumato.objectives.meanflow:ImprovedMeanFlow",
+    "shortcut": "sfumato.objectives.shortcut:Shortcut",
 }
 # What makes a student of a model: the objectives of these names are called with a `Lesson`.
 METHODS = {
@@ -137,6 +140,13 @@ METHODS = {
         answers=("endpoint",),
         critic=True,
     ),
+    "meanflow": Method(
+        "jumps of any length, by how they change along the flow", "optional", answers=("jump",), derivative=True
+    ),
+    "improved_meanflow": Method(
+        "the same as a regression of velocities, with the guidance told", "optional", answers=("jump",), derivative=True
+    ),
+    "shortcut": Method("jumps of any length, each from two of half", "optional", answers=("jump",), slow=True),
 }
 DISTANCES = {
     "laplacian": "sfumato.objectives.distances:Laplacian",

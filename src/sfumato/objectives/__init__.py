@@ -7,12 +7,4 @@ from sfumato.objectives.consistency import ConsistencyDistillation, ConsistencyT
 from sfumato.objectives.denoising import Denoising, Loss, Objective
 from sfumato.objectives.distribution import DistributionMatching
 
-__all__ = [
-    "Autoencoding",
-    "ConsistencyDistillation",
-    "ConsistencyTraining",
-    "Denoising",
-    "DistributionMatching",
-    "Loss",
-    "Objective",
-]
+__all__ = ["Autoencoding", "ConsistencyDistillation", "ConsistencyTraining", "Denoising", "DistributionMatching", "Loss", "Objective"]
