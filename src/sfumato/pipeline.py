@@ -26,6 +26,7 @@ from sfumato.data.picture import Image
 from sfumato.denoiser import Cond, Denoiser
 from sfumato.errors import ConfigError, DataError, MemoryShortage, nearest
 from sfumato.guidance import Guidance, guided
+from sfumato.hub import located
 from sfumato.image_conditions import Inpainting
 from sfumato.io.directory import load_model
 from sfumato.io.families.controlnet import read_control
@@ -303,7 +304,7 @@ class Pipeline:
 
     def _control(self, name: str) -> ControlNet:
         if name not in self.controls:
-            self.controls[name] = read_control(Path(name))
+            self.controls[name] = read_control(name)
         return self.controls[name].to(self.device)
 
     def _forward(self, x: Tensor, t: Tensor, cond: Cond, model: torch.nn.Module | None = None, **asked: Any) -> Tensor:
@@ -435,8 +436,9 @@ def load(
     text: Mapping[str, Any] | None = None,
     text_device: str | None = None,
 ) -> Pipeline:
-    """The pipeline of a model directory, of a run, whose newest `model/` it takes, of a folder of diffusers, or of an
-    original file. CheckpointError if it is damaged.
+    """The pipeline of a model directory, of a run, whose newest `model/` it takes, of a folder of diffusers, of an
+    original file, or of a repository of the hub that is one of these (`owner/name`, see `sfumato.hub`).
+    CheckpointError if it is damaged.
 
     precision, compile, text_device: as of `Pipeline`; in half precision weights take half the memory too. trust: as of
     `sfumato.io.directory.load_model`. parts: for a single file, a folder of diffusers with what it lacks.
@@ -459,7 +461,7 @@ def load(
         "matrices": None if kind == torch.float32 else kind,
     }
     if is_published(folder):
-        model = load_published(folder, None if parts is None else Path(parts).expanduser(), **straight)
+        model = load_published(folder, None if parts is None else located(parts), **straight)
     else:
         model = load_model(folder, trust=trust, **straight)
     pipeline = Pipeline(model, place, precision=precision, compile=compile, text_device=text_device)
@@ -476,8 +478,10 @@ def _dtype(precision: str) -> torch.dtype:
 
 
 def model_folder(path: str | Path) -> Path:
-    """The model directory that is meant: a run's `model/`, or the folder itself."""
-    folder = Path(path).expanduser()
+    """The model directory that is meant: a run's `model/`, or the folder itself; of a name of the hub the folder or
+    file in its cache.
+    """
+    folder = located(path)
     return folder / "model" if (folder / "model" / "model.json").is_file() else folder
 
 
