@@ -191,7 +191,7 @@ class Run:
     def _advance(self) -> None:
         """One step: made, or skipped and counted."""
         batches = [next(self.loader) for _ in range(self.config.accumulate)]
-        outcome = self.stepper.gradients(batches, self.step)
+        outcome = self.stepper.gradients(batches, self.step, self.updates)
         fresh = sum(len(batch.indices) for batch in batches)
         self.step, self.images = self.step + 1, self.images + fresh
         self.log.stepped(self.step, fresh)
