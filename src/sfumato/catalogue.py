@@ -104,12 +104,18 @@ OBJECTIVES = {
     "autoencoder": "sfumato.objectives.autoencoding:Autoencoding",
     "guidance": "sfumato.objectives.guidance:GuidanceDistillation",
     "distribution_matching": "sfumato.objectives.distribution:DistributionMatching",
+    "adversarial": "sfumato.objectives.adversarial:Adversarial",
 }
 # What makes a student of a model: the objectives of these names are called with a `Lesson`.
 METHODS = {
     "guidance": Method("the guided answer of the teacher in one call, for one scale or any that it is told"),
     "distribution_matching": Method(
         "the teacher's guided distribution in a few steps, by a score of the student's own (DMD2)",
+        answers=("endpoint",),
+        critic=True,
+    ),
+    "adversarial": Method(
+        "pictures in a few steps that heads on the teacher's features take for real (ADD, LADD)",
         answers=("endpoint",),
         critic=True,
     ),

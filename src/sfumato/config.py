@@ -255,6 +255,7 @@ SLOTS = {
     "objective.discriminator": "Discriminator",
     "objective.fake_times": "Density",
     "objective.heads": "Heads",
+    "objective.scored": "Density",
     "sampling.sampler": "Sampler",
     "sampling.grid": "Grid",
 }

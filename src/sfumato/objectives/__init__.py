@@ -2,8 +2,9 @@
 conditions, and gives a `Loss`.
 """
 
+from sfumato.objectives.adversarial import Adversarial
 from sfumato.objectives.autoencoding import Autoencoding
 from sfumato.objectives.denoising import Denoising, Loss, Objective
 from sfumato.objectives.distribution import DistributionMatching
 
-__all__ = ["Autoencoding", "Denoising", "DistributionMatching", "Loss", "Objective"]
+__all__ = ["Adversarial", "Autoencoding", "Denoising", "DistributionMatching", "Loss", "Objective"]
