@@ -120,6 +120,7 @@ OBJECTIVES = {
     "meanflow": "sfumato.objectives.meanflow:MeanFlow",
     "improved_meanflow": "sfumato.objectives.meanflow:ImprovedMeanFlow",
     "shortcut": "sfumato.objectives.shortcut:Shortcut",
+    "adversarial": "sfumato.objectives.adversarial:Adversarial",
 }
 # What makes a student of a model: the objectives of these names are called with a `Lesson`.
 METHODS = {
@@ -147,6 +148,11 @@ METHODS = {
         "the same as a regression of velocities, with the guidance told", "optional", answers=("jump",), derivative=True
     ),
     "shortcut": Method("jumps of any length, each from two of half", "optional", answers=("jump",), slow=True),
+    "adversarial": Method(
+        "pictures in a few steps that heads on the teacher's features take for real (ADD, LADD)",
+        answers=("endpoint",),
+        critic=True,
+    ),
 }
 DISTANCES = {
     "laplacian": "sfumato.objectives.distances:Laplacian",

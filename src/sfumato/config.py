@@ -285,6 +285,7 @@ SLOTS = {
     "objective.solver": "Sampler",
     "objective.fake_times": "Density",
     "objective.heads": "Heads",
+    "objective.scored": "Density",
     "sampling.sampler": "Sampler",
     "sampling.grid": "Grid",
     "pairs.sampler": "Sampler",
