@@ -98,21 +98,47 @@ WEIGHTS = {
     "elbo": "sfumato.objectives.weights:ELBO",
     "sigmoid": "sfumato.objectives.weights:Sigmoid",
 }
+COUPLINGS = {
+    "independent": "sfumato.objectives.couplings:Independent",
+    "optimal_transport": "sfumato.objectives.couplings:OptimalTransport",
+    "schroedinger_bridge": "sfumato.objectives.couplings:SchroedingerBridge",
+}
 OBJECTIVES = {
     "denoising": "sfumato.objectives.denoising:Denoising",
     "vdm": "sfumato.objectives.vdm:VDM",
     "autoencoder": "sfumato.objectives.autoencoding:Autoencoding",
     "guidance": "sfumato.objectives.guidance:GuidanceDistillation",
+    "latent_consistency": "sfumato.objectives.latent_consistency:LatentConsistency",
+    "progressive": "sfumato.objectives.progressive:Progressive",
+    "consistency_distillation": "sfumato.objectives.consistency:ConsistencyDistillation",
+    "consistency_training": "sfumato.objectives.consistency:ConsistencyTraining",
+    "distribution_matching": "sfumato.objectives.distribution:DistributionMatching",
 }
 # What makes a student of a model: the objectives of these names are called with a `Lesson`.
 METHODS = {
     "guidance": Method("the guided answer of the teacher in one call, for one scale or any that it is told"),
+    "latent_consistency": Method(
+        "where the guided flow ends, for any data (LCM, LCM-LoRA)", answers=("endpoint",), slow=True
+    ),
+    "progressive": Method("two steps of the teacher in one, again and again", slow=True),
+    "consistency_distillation": Method(
+        "where the teacher's guided flow ends, from steps of a solver (CD)", answers=("endpoint",), slow=True
+    ),
+    "consistency_training": Method(
+        "where the flow ends, from data alone (CT)", teacher="none", answers=("endpoint",), slow=True
+    ),
+    "distribution_matching": Method(
+        "the teacher's guided distribution in a few steps, by a score of the student's own (DMD2)",
+        answers=("endpoint",),
+        critic=True,
+    ),
 }
 DISTANCES = {
     "laplacian": "sfumato.objectives.distances:Laplacian",
     "ssim": "sfumato.objectives.distances:StructuralSimilarity",
 }
 DISCRIMINATORS = {"patch": "sfumato.nets.discriminator:PatchDiscriminator"}
+HEADS = {"features": "sfumato.nets.features:on_features"}
 GRIDS = {
     "logistic": "sfumato.grids:logistic",
     "explicit": "sfumato.grids:explicit",
@@ -243,9 +269,11 @@ KINDS: Mapping[str, Mapping[str, str]] = {
     "Density": DENSITIES,
     "Uniform": DENSITIES,  # `Stratified.of` takes only some densities, and names them
     "Weight": WEIGHTS,
+    "Coupling": COUPLINGS,
     "Objective": OBJECTIVES,
     "Distance": DISTANCES,
     "Discriminator": DISCRIMINATORS,
+    "Heads": HEADS,
     "Grid": GRIDS,
     "Guidance": GUIDANCES,
     "LogProb": {},  # the user's own

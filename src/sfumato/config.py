@@ -61,7 +61,8 @@ class ModelSection(Section):
 class OptimSection(Section):
     """How weights move.
 
-    The learning rate rises over `warmup` steps, and falls over the last `decay_fraction` of all.
+    The learning rate rises over `warmup` steps, and falls over the last `decay_fraction` of all. cycles: it does so
+    anew in each of so many equal parts of the run (Loshchilov & Hutter 2017), as rounds of distillation want it.
     """
 
     kind: str = "adamw"
@@ -69,6 +70,7 @@ class OptimSection(Section):
     warmup: Natural = 100
     decay: Literal["none", "linear", "cosine"] = "none"
     decay_fraction: Share = 1.0
+    cycles: Positive = 1
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     options: dict[str, Any] = {}
 
@@ -128,13 +130,14 @@ class LogSection(Section):
 class SamplingSection(Section):
     """How the model likes to be sampled; kept with it, and used unless told otherwise.
 
-    guidance: 1 is off. interval: noise levels (low, high] within which to guide; no high is no end.
+    guidance: a scale, of which 1 is off, or a slot, as {kind: distilled} of a network that is told the scale. interval:
+    noise levels (low, high] within which to guide; no high is no end.
     """
 
     sampler: Slot = {"kind": "ipndm", "variable": "angle"}
     grid: Slot = {"kind": "logistic"}
     steps: Positive = 20
-    guidance: Annotated[float, Field(ge=0)] = 3.0
+    guidance: Annotated[float, Field(ge=0)] | Slot = 3.0
     interval: Interval | None = None
     rescale: Share = 0.0
 
@@ -262,10 +265,16 @@ SLOTS = {
     "objective.times": "Density",
     "objective.weight": "Weight",
     "objective.space": "Prediction",
+    "objective.coupling": "Coupling",
     "objective.distance": "Distance",
     "objective.discriminator": "Discriminator",
+    "objective.grid": "Grid",
+    "objective.solver": "Sampler",
+    "objective.fake_times": "Density",
+    "objective.heads": "Heads",
     "sampling.sampler": "Sampler",
     "sampling.grid": "Grid",
+    "sampling.guidance": "Guidance",
 }
 ALONE = "autoencoder"  # the objective that trains the codec, and no network
 CACHE = "cache"  # of data: not the source's, whatever it is
@@ -278,13 +287,13 @@ def slot_problems(raw: dict[str, Any]) -> Iterator[Problem]:
     yield from _misplaced(raw)
     for where, kind_of in SLOTS.items():
         slot = dig(raw, where)
-        if where == "teacher_guidance" and isinstance(slot, (int, float)):
+        if where in ("teacher_guidance", "sampling.guidance") and isinstance(slot, (int, float)):
             continue
         if where == "data" and isinstance(slot, dict):
             said, slot = slot.get(CACHE), source_of(slot)
             if not (said is None or isinstance(said, (str, bool))) or said == "":
                 yield Problem("data.cache", "is a folder, true or false", repr(said), "data.cache=true")
-        if slot is not None and where.startswith("sampling."):  # these have other names, too
+        if slot is not None and where in ("sampling.sampler", "sampling.grid"):  # these have other names, too
             try:
                 name = where.removeprefix("sampling.")
                 slot = spelled_out({name: slot})[name]

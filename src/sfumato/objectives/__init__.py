@@ -3,6 +3,16 @@ conditions, and gives a `Loss`.
 """
 
 from sfumato.objectives.autoencoding import Autoencoding
+from sfumato.objectives.consistency import ConsistencyDistillation, ConsistencyTraining
 from sfumato.objectives.denoising import Denoising, Loss, Objective
+from sfumato.objectives.distribution import DistributionMatching
 
-__all__ = ["Autoencoding", "Denoising", "Loss", "Objective"]
+__all__ = [
+    "Autoencoding",
+    "ConsistencyDistillation",
+    "ConsistencyTraining",
+    "Denoising",
+    "DistributionMatching",
+    "Loss",
+    "Objective",
+]

@@ -19,6 +19,7 @@ from sfumato.objectives.denoising import Loss
 from sfumato.paths import Path
 
 Scale = float | Tensor  # of classifier-free guidance: one for all, or one a sample (B,)
+Scales = tuple[float, float] | None  # the range that scales are drawn from, where the student is told them
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,27 @@ class Lesson:
                 "this method needs a teacher", where="teacher", seen="none", fix="teacher=runs/quickstart"
             )
         return self.teacher
+
+
+def checked_scales(scales: Scales) -> None:
+    """ConfigError for a range of scales that is none."""
+    if scales is not None and not 0 <= scales[0] <= scales[1]:
+        seen = str(scales)
+        raise ConfigError("scales lie between a low and a high", where="objective.scales", seen=seen, fix="[1, 6]")
+
+
+def drawn_scales(
+    scales: Scales, cond: Cond | None, like: Tensor, rng: Generator | None
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """Scales of guidance drawn evenly from a range, one for each of `like` (B,), and the student's condition, which
+    tells them. No scale, and the condition as it is, where there is no range.
+    """
+    told = dict(cond or {})
+    if scales is None:
+        return None, told
+    low, high = scales
+    scale = (low + (high - low) * torch.rand(len(like), generator=rng)).to(like)
+    return scale, {**told, "guidance": scale}
 
 
 @runtime_checkable

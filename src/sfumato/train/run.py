@@ -435,7 +435,9 @@ class Run:
         data = f"{len(self.dataset):,} pictures of {self.dataset.shape[1]}x{self.dataset.shape[0]}"
         of = "weights" if self.config.start is None else f"weights that learn, of those of {self.config.start}"
         self.log.say(f"{self.config.name}: {millions:.1f}M {of}, {data}, on {self.device} in {self.config.precision}")
-        for note in self.model.notes():
+        conditional = getattr(self.model, "conditioner", None) is not None
+        more = getattr(self.stepper.objective, "notes", None)
+        for note in (*self.model.notes(), *(() if more is None else more(conditional))):
             self.log.say(note)
         if self.loader.holdout < (asked := self.config.validate_.holdout):
             self.log.say(f"holding out {self.loader.holdout} pictures, not {asked}: there are {len(self.dataset)}")
