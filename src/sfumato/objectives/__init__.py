@@ -8,4 +8,13 @@ from sfumato.objectives.consistency import ConsistencyDistillation, ConsistencyT
 from sfumato.objectives.denoising import Denoising, Loss, Objective
 from sfumato.objectives.distribution import DistributionMatching
 
-__all__ = ["Adversarial", "Autoencoding", "ConsistencyDistillation", "ConsistencyTraining", "Denoising", "DistributionMatching", "Loss", "Objective"]
+__all__ = [
+    "Adversarial",
+    "Autoencoding",
+    "ConsistencyDistillation",
+    "ConsistencyTraining",
+    "Denoising",
+    "DistributionMatching",
+    "Loss",
+    "Objective",
+]
