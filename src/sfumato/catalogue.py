@@ -117,6 +117,10 @@ OBJECTIVES = {
     "consistency_distillation": "sfumato.objectives.consistency:ConsistencyDistillation",
     "consistency_training": "sfumato.objectives.consistency:ConsistencyTraining",
     "distribution_matching": "sfumato.objectives.distribution:DistributionMatching",
+    "meanflow": "sfumato.objectives.meanflow:MeanFlow",
+    "improved_meanflow": "sfumato.objectives.meanflow:ImprovedMeanFlow",
+    "shortcut": "sfumato.objectives.shortcut:Shortcut",
+    "adversarial": "sfumato.objectives.adversarial:Adversarial",
 }
 # What makes a student of a model: the objectives of these names are called with a `Lesson`.
 METHODS = {
@@ -134,6 +138,18 @@ METHODS = {
     ),
     "distribution_matching": Method(
         "the teacher's guided distribution in a few steps, by a score of the student's own (DMD2)",
+        answers=("endpoint",),
+        critic=True,
+    ),
+    "meanflow": Method(
+        "jumps of any length, by how they change along the flow", "optional", answers=("jump",), derivative=True
+    ),
+    "improved_meanflow": Method(
+        "the same as a regression of velocities, with the guidance told", "optional", answers=("jump",), derivative=True
+    ),
+    "shortcut": Method("jumps of any length, each from two of half", "optional", answers=("jump",), slow=True),
+    "adversarial": Method(
+        "pictures in a few steps that heads on the teacher's features take for real (ADD, LADD)",
         answers=("endpoint",),
         critic=True,
     ),

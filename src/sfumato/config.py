@@ -186,13 +186,23 @@ class PairsSection(Section):
     folder: str | None = None
 
 
+class ReparameteriseSection(Section):
+    """Make the DiT that `start` names over into the network that `model` says, with one modulation for all blocks.
+
+    time: at which it then answers as before, from 0 at the data to 1, noise. See `sfumato.train.reparameterise`.
+    """
+
+    time: Annotated[float, Field(gt=0, le=1)] = 0.5
+
+
 class Config(Section):
     """Everything a run is determined by.
 
-    start: a run, a model directory, a folder of diffusers or a file, whose model is trained further; it takes the place
-    of `model`, and of `sampling` unless that is said. teacher: likewise, a model to learn from, by an objective of
-    `METHODS`; without a `model` of its own the student starts from it. teacher_guidance: how the teacher is guided, a
-    scale or a slot; its own recommendation unless said. pairs: of a method that learns from the teacher's flow.
+    start: a run, a model directory, a folder of diffusers, a file or a name of the hub, whose model is trained further;
+    it takes the place of `model`, and of `sampling` unless that is said. With `reparameterise` its network is made over
+    into that of `model`. teacher: likewise, a model to learn from, by an objective of `METHODS`; without a `model` of
+    its own the student starts from it. teacher_guidance: how the teacher is guided, a scale or a slot; its own
+    recommendation unless said. pairs: of a method that learns from the teacher's flow.
     """
 
     name: str = Field(pattern=r"^[\w][\w .-]*$", coerce_numbers_to_str=True)
@@ -205,6 +215,7 @@ class Config(Section):
     pairs: PairsSection | None = None
     lora: LoraSection | None = None
     control: ControlSection | None = None
+    reparameterise: ReparameteriseSection | None = None
     objective: Slot = {"kind": "denoising"}
     optim: OptimSection = OptimSection()
     steps: Positive
@@ -285,6 +296,7 @@ SLOTS = {
     "objective.solver": "Sampler",
     "objective.fake_times": "Density",
     "objective.heads": "Heads",
+    "objective.scored": "Density",
     "sampling.sampler": "Sampler",
     "sampling.grid": "Grid",
     "pairs.sampler": "Sampler",
@@ -340,6 +352,13 @@ def start_problems(raw: dict[str, Any]) -> Iterator[Problem]:
         yield Problem("control", "is of a model, and none is named", "", "start=MODEL")
     if raw.get("control") is not None and raw.get("lora") is not None:
         yield Problem("control", "is trained alone", "lora", "lora=null")
+    if raw.get("reparameterise") is not None:
+        for key in ("start", "model"):
+            if raw.get(key) is None:
+                yield Problem(key, "is needed, where one network is made over into another", "", "reparameterise=null")
+        for key in ("teacher", "lora", "control"):
+            if raw.get(key) is not None:
+                yield Problem("reparameterise", f"is a run of its own, without {key}", "", f"{key}=null")
 
 
 def _teacher_problems(raw: dict[str, Any]) -> Iterator[Problem]:

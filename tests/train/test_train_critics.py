@@ -18,7 +18,8 @@ from sfumato.train.teaching import as_student
 MATCHING = (
     "objective={kind: distribution_matching, at: [1.0, 0.5], every: 3, warmup: 2, heads: {kind: features, width: 8}}"
 )
-METHODS = {"matching": MATCHING}
+ADVERSARIAL = "objective={kind: adversarial, at: [1.0, 0.5], warmup: 1, heads: {kind: features, width: 8}}"
+METHODS = {"matching": MATCHING, "adversarial": ADVERSARIAL}
 methods = pytest.mark.parametrize("method", METHODS)
 
 

@@ -8,11 +8,9 @@ every n-th, so that it follows a critic that knows it. Before each jump the stud
 """
 
 import copy
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -20,25 +18,26 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from sfumato.denoiser import Cond, Denoiser, translated
-from sfumato.errors import ConfigError
 from sfumato.objectives.critics import (
     Heads,
     Listening,
+    check_counts,
+    check_said,
     check_shares,
     check_times,
     detached,
     drawn_which,
+    ended,
     rows_of,
     unmoved,
     valued,
 )
 from sfumato.objectives.denoising import Denoising, Loss
-from sfumato.objectives.teaching import Lesson, Teacher
+from sfumato.objectives.endpoints import begun_with, regression
+from sfumato.objectives.teaching import Lesson
 from sfumato.objectives.weights import Flat, Weight
 from sfumato.paths import Path, along, noised
 from sfumato.predictions import Prediction
-from sfumato.samplers.dpm_solver import dpmpp_2m
-from sfumato.samplers.drive import sample
 from sfumato.times import Density, Uniform
 
 
@@ -102,10 +101,7 @@ class DistributionMatching:
     def __post_init__(self) -> None:
         check_times(self.at)
         check_shares(self, "adversarial", "contest", "warmup")
-        for name in ("every", "flow"):
-            if getattr(self, name) < 1:
-                seen = str(getattr(self, name))
-                raise ConfigError(f"{name} is at least 1", where=f"objective.{name}", seen=seen)
+        check_counts(self, "every", "flow")
 
     @property
     def told(self) -> tuple[str, ...]:
@@ -123,7 +119,7 @@ class DistributionMatching:
         critic, step = lesson.critic, lesson.step
         assert isinstance(critic, FakeScore)
         if step is not None and step < self.warmup:
-            return self._regression(lesson, x0, cond, rng)
+            return regression(lesson, x0, cond, rng, self.at, self.flow)
         moves = step is not None and (step - self.warmup) % self.every == 0
         with torch.set_grad_enabled(moves):
             drawn = self.generated(lesson.student, x0, cond, rng)
@@ -140,7 +136,7 @@ class DistributionMatching:
 
         Without gradients it walks from noise to that step, as `samplers.consistency` does, with new noise each time.
         """
-        _check_said(student, self.at)
+        check_said(student, self.at)
         path, wide = student.path, torch.promote_types(x0.dtype, torch.float32)
         which = drawn_which(len(x0), len(self.at), rng)
         t = torch.tensor(self.at, dtype=wide)[which].to(x0.device)
@@ -149,7 +145,7 @@ class DistributionMatching:
             return torch.randn((n, *x0.shape[1:]), generator=rng, dtype=x0.dtype).to(x0.device)
 
         if not self.simulate:
-            return answered(student, noised(path, x0, noise(len(x0)), t).to(x0.dtype), t, cond)
+            return ended(student, noised(path, x0, noise(len(x0)), t).to(x0.dtype), t, cond)
         x = begun_with(path, noise(len(x0)), self.at[0])
         for i, (here, there) in enumerate(pairwise(self.at)):
             rows = (which > i).nonzero()[:, 0]
@@ -157,9 +153,9 @@ class DistributionMatching:
             if not n:
                 break
             with torch.no_grad():
-                end = answered(student, x[places], t.new_full((n,), here), rows_of(cond, rows))
+                end = ended(student, x[places], t.new_full((n,), here), rows_of(cond, rows))
             x = x.index_copy(0, places, noised(path, end, noise(n), t.new_full((n,), there)).to(x.dtype))
-        return answered(student, x, t, cond)
+        return ended(student, x, t, cond)
 
     def _compared(
         self, lesson: Lesson, critic: FakeScore, drawn: Tensor, rng: Generator | None
@@ -216,53 +212,6 @@ class DistributionMatching:
         _, of_real = critic(denoiser.path, noised(denoiser.path, x0, eps, t).to(x0.dtype), t, cond)
         parts["discriminator"] = F.softplus(of_drawn).mean() + F.softplus(-of_real).mean()
         return said.value + self.contest * parts["discriminator"], said
-
-    def _regression(self, lesson: Lesson, x0: Tensor, cond: Cond | None, rng: Generator | None) -> Loss:
-        """The student's square error, at each of its times, against where the teacher's flow through there ends."""
-        rows, many = torch.arange(math.ceil(len(x0) / len(self.at))), len(self.at)
-        whole, student = lesson.taught, lesson.student
-        null = partial(_rows_of_none, whole, rows)
-        teacher = replace(whole, cond=rows_of(whole.cond, rows), null=null)
-        eps = torch.randn(x0[: len(rows)].shape, generator=rng, dtype=x0.dtype).to(x0.device)
-        begun, end = walked(teacher, eps, self.at, self.flow)
-        t = x0.new_tensor(self.at, dtype=torch.promote_types(x0.dtype, torch.float32)).repeat_interleave(len(rows))
-        told = {name: torch.cat([value] * many) for name, value in rows_of(cond, rows).items()}
-        said = answered(student, torch.cat(begun), t, told)
-        each = (said - torch.cat([end] * many)).square().flatten(1).mean(1)
-        return Loss(each.mean(), each.detach(), t, {"regression": each.mean().detach()})
-
-
-def answered(student: Denoiser, x: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
-    """Where the student says that the flow through x (B, ...) at t (B,) ends."""
-    end: Tensor = student(x, t, cond)
-    return end
-
-
-def walked(teacher: Teacher, eps: Tensor, at: Sequence[float], flow: int) -> tuple[list[Tensor], Tensor]:
-    """The teacher's path from noise by DPM-Solver++(2M): its states at some times, and its end."""
-    stops = torch.tensor([*at, 0.0], dtype=torch.float64)
-    share = torch.arange(flow, dtype=torch.float64) / flow
-    times = torch.cat([torch.lerp(a, b, share) for a, b in pairwise(stops)] + [stops[-1:]])
-    running = dpmpp_2m(teacher.path, begun_with(teacher.path, eps, at[0]), times)
-    walk = [step.x for step in sample(running, teacher.bound())]
-    return walk[:-1:flow], walk[-1]
-
-
-def begun_with(path: Path, eps: Tensor, t: float) -> Tensor:
-    """Noise as sampling begins with at a time: of the spread that x_t has for data of unit variance."""
-    first = torch.tensor(t, dtype=torch.float64)
-    return eps * math.hypot(float(path.alpha(first)), float(path.sigma(first)))
-
-
-def _rows_of_none(teacher: Teacher, rows: Tensor) -> Cond:
-    return rows_of(teacher.null(), rows)
-
-
-def _check_said(denoiser: Denoiser, at: Sequence[float]) -> None:
-    """ConfigError where an answer says nothing of the data: noise predictions at pure noise."""
-    if not bool(denoiser.prediction.determines(denoiser.path, torch.tensor(at, dtype=torch.float64)).all()):
-        what, seen = "at pure noise this prediction says nothing of the data", denoiser.prediction.name
-        raise ConfigError(what, where="objective.at", seen=f"{seen} at {at[0]:g}", fix="times below 1")
 
 
 def _size(gradient: Tensor) -> Tensor:

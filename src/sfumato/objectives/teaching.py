@@ -105,9 +105,9 @@ class Lesson:
     """A step of a student: everything that a method may ask for.
 
     student: learns. teacher: None where the configuration names none. slow: follows the student, frozen, where the
-    method says how fast. critic: learns with the student, and is not kept. step: of `steps`; None is for judging, when
-    nothing learns. null: makes the absence of the student's condition. noise: of each sample (B, ...), where data are
-    pairs of noise and of where the teacher's flow takes it.
+    method says how fast. critic: learns with the student, and is not kept. step: the updates made, of `steps`; None is
+    for judging, when nothing learns. null: makes the absence of the student's condition. noise: of each sample, (B,
+    ...), where data are pairs of noise and of where the teacher's flow takes it.
     """
 
     student: Denoiser

@@ -40,6 +40,7 @@ from sfumato.train.optim import build_optimizer, learning_rate
 from sfumato.train.pairs import pairs_for
 from sfumato.train.pixels import pixels
 from sfumato.train.preview import preview, reconstructions, wanted
+from sfumato.train.reparameterise import reparameterise
 from sfumato.train.start import FOLDER, Start, model_of, read_start
 from sfumato.train.step import Outcome, Stepper
 from sfumato.train.teaching import Student, student_of
@@ -48,7 +49,7 @@ from sfumato.train.validate import Validation
 
 ROLLBACKS = 5  # more of them, and somebody should look at the run
 NAMED = 8  # pictures of a step that was skipped
-FACTS = ("start", "teacher", "lora", "control")  # of the configuration, that a model keeps
+FACTS = ("start", "teacher", "lora", "control", "reparameterise")  # of the configuration, that a model keeps
 MEASURED = 512  # pictures by which the scale of an autoencoder's latents is measured
 
 
@@ -145,8 +146,11 @@ class Run:
         torch.manual_seed(key(config.seed, "weights"))
         objective = build(config.objective, "Objective")
         files_ = None if state is None else state.files
-        if config.start is None:
+        if config.start is None or config.reparameterise is not None:
             self.model = trainable(self.section, self.dataset, objective, files_)
+            if config.reparameterise is not None and start is not None:
+                assert isinstance(self.model, Model)
+                reparameterise(self.model, start, config.reparameterise.time)
         else:
             self.model = self._further(files_, start)
         if config.method is not None:
@@ -191,7 +195,7 @@ class Run:
     def _advance(self) -> None:
         """One step: made, or skipped and counted."""
         batches = [next(self.loader) for _ in range(self.config.accumulate)]
-        outcome = self.stepper.gradients(batches, self.step)
+        outcome = self.stepper.gradients(batches, self.step, self.updates)
         fresh = sum(len(batch.indices) for batch in batches)
         self.step, self.images = self.step + 1, self.images + fresh
         self.log.stepped(self.step, fresh)

@@ -58,13 +58,16 @@ class Stepper:
         self.cache: Cache | None = None
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
 
-    def gradients(self, batches: Sequence[Batch], step: int) -> Outcome:
-        """Accumulates the gradients of some micro-batches, unscales and clips them. One wait for the device."""
+    def gradients(self, batches: Sequence[Batch], step: int, updates: int | None = None) -> Outcome:
+        """Accumulates the gradients of some micro-batches, unscales and clips them. One wait for the device.
+
+        updates: how many were made before, which is what objectives go by; fewer than steps where some were skipped.
+        """
         total = torch.zeros((), device=self.device)
         parts: dict[str, Tensor] = {}
         for micro, batch in enumerate(batches):
             torch.manual_seed(key(self.config.seed, "dropout", step, micro))
-            said = self.loss(batch, step, micro)
+            said = self.loss(batch, step, micro, updates)
             loss = said.value / len(batches)
             self.scaler.scale(loss).backward()
             total += loss.detach()
@@ -77,7 +80,7 @@ class Stepper:
         seen = torch.stack([one.float() for one in (total, norm, *parts.values())]).tolist()
         return Outcome(seen[0], seen[1], dict(zip(parts, seen[2:], strict=True)))
 
-    def loss(self, batch: Batch, step: int, micro: int) -> Loss:
+    def loss(self, batch: Batch, step: int, micro: int, updates: int | None = None) -> Loss:
         """The objective on one micro-batch, with this address' times, noise and dropped conditions."""
         seed = self.config.seed
         kept = getattr(getattr(self.model, "conditioner", None), "kept", ())
@@ -86,7 +89,8 @@ class Stepper:
         x0 = clean(self.model, batch, self.device, generator(seed, "latents", step, micro))
         rng = generator(seed, "noise", step, micro)
         with self.autocast():
-            return self.objective(self.learner(step, raw, batch), x0, self.cond(raw), rng)
+            learner = self.learner(step if updates is None else updates, raw, batch)
+            return self.objective(learner, x0, self.cond(raw), rng)
 
     def judged(self, batch: Batch, *address: str | int) -> Loss:
         """The objective on a batch that is not learned from, with this address' times and noise, whole conditions."""
