@@ -263,7 +263,7 @@ def leaves(raw: Any, where: str = "") -> list[str]:
 
 def _checked(raw: dict[str, Any], source: str, origins: dict[str, str]) -> Config:
     problems, config = [*slot_problems(raw), *start_problems(raw)], None
-    if raw.get("start") is not None:
+    if raw.get("start") is not None and raw.get("reparameterise") is None:
         said = [key for key, by in origins.items() if key.startswith("model.") and by == "the command line"]
         problems += [Problem(key, "is that of the model to start from", "", "leave it out") for key in said]
     try:

@@ -25,7 +25,8 @@ from sfumato.data.given import recorded
 from sfumato.data.picture import Image
 from sfumato.denoiser import Cond, Denoiser
 from sfumato.errors import ConfigError, DataError, MemoryShortage, nearest
-from sfumato.guidance import Guidance, guided
+from sfumato.guidance import Guidance, guided, started
+from sfumato.hub import located
 from sfumato.image_conditions import Inpainting
 from sfumato.io.directory import load_model
 from sfumato.io.families.controlnet import read_control
@@ -40,7 +41,7 @@ from sfumato.orders import Order, Prompt, raw_of, raws_of, seeds_of, size_of, te
 from sfumato.paths import noised
 from sfumato.reader import ENCODED, Reader, home
 from sfumato.reader import said as spoken
-from sfumato.samplers import SeededNoise, Step, sample
+from sfumato.samplers import Job, SeededNoise, Step, Together, sample
 from sfumato.samples import Samples
 from sfumato.settings import Interval, Settings, fitted_grid, fitted_guidance, is_whole
 from sfumato.starts import begin, known_where, one_each
@@ -173,7 +174,7 @@ class Pipeline:
             "interval": interval,
             "rescale": rescale,
         }
-        order = self._order(prompts, seeds, size, negative, changes)
+        order = self.order(prompts, seeds, size, negative, changes)
         order = self._begun(order, image, mask, strength)
         order = replace(order, controls=controls_of(control, len(order.raw), order.size))
         if not (is_whole(batch) and batch >= 1):
@@ -200,7 +201,7 @@ class Pipeline:
 
         settings: as of `sample`. Each `Step` has the time, the state and the current guess of the result, encoded.
         """
-        order = self._order(prompts, seeds, size, negative, settings)
+        order = self.order(prompts, seeds, size, negative, settings)
         return self._walk(order, self._times(order))
 
     def encode(self, prompts: Prompt | Sequence[Prompt], *, size: int | tuple[int, int] | None = None) -> list[Raw]:
@@ -254,29 +255,14 @@ class Pipeline:
 
     def _walk(self, order: Order, times: Tensor) -> Iterator[Step]:
         """The sampling of one batch."""
-        shape = self.model.codec.shape(*order.size)
         noise, path = SeededNoise.of(order.seeds), self.model.denoiser.path
-        read, raw, size = self.reader, order.raw, order.size
-        with read.working():
-            guide = order.settings.guide(
-                read.cond(raw, size),
-                lambda: read.instead(raw, order.negative or {}, size),
-                lambda prompt: read.instead(raw, raw_of(prompt, self.reader), size),
-            )
-        forward = self._forward
+        forward, guide = self._forward, self.guide(order)
         if order.controls:
             forward, guide = self._steered(order.controls, guide)
-        x, denoise = (
-            noise(torch.empty(len(order.raw), *shape, device=self.device)),
-            guided(forward, path, guide, times, self._variant, self.model.answers),
-        )
-        if order.begin is None or order.begin.from_noise:
-            x = x * _spread(path, times[0])
-        else:
-            with torch.inference_mode():
-                known = order.begin.encoded(self.model.codec, self.device)
-                x = noised(path, known, x, times[0].to("cpu", torch.float64)).to(x)
-                free = order.begin.free(known)
+        denoise = guided(forward, path, guide, times, self._variant, self.model.answers)
+        x, known = self._start(order, times, noise)
+        if known is not None and order.begin is not None:
+            free = order.begin.free(known)
             denoise = denoise if free is None else known_where(denoise, known, free)
         running = build(order.settings.sampler, "Sampler")(path, x, times)
         walk = sample(running, denoise, noise)
@@ -286,6 +272,40 @@ class Pipeline:
             if step is None:
                 return
             yield step
+
+    def guide(self, order: Order) -> Guidance:
+        """The guidance of an order, with its prompts read."""
+        read, raw, size = self.reader, order.raw, order.size
+        with read.working():
+            return order.settings.guide(
+                read.cond(raw, size),
+                lambda: read.instead(raw, order.negative or {}, size),
+                lambda prompt: read.instead(raw, raw_of(prompt, self.reader), size),
+            )
+
+    def job(self, order: Order, guide: Guidance) -> Job:
+        """The sampling of an order among others, see `together`.
+
+        guide: of `guide`, which is worth keeping where many orders have the same prompts. Its pictures are not masked.
+        """
+        times, noise, path = self._times(order), SeededNoise.of(order.seeds), self.model.denoiser.path
+        x, _ = self._start(order, times, noise)
+        running = build(order.settings.sampler, "Sampler")(path, x, times)
+        return Job(running, path, started(guide, times), noise)
+
+    def together(self) -> Together:
+        """Where jobs of this pipeline run, answered by its network in its precision."""
+        return Together(self._forward, self._variant, self.model.answers)
+
+    def _start(self, order: Order, times: Tensor, noise: SeededNoise) -> tuple[Tensor, Tensor | None]:
+        """The state that sampling starts from, and the encoded pictures where it starts from such."""
+        x = noise(torch.empty(len(order.raw), *self.model.codec.shape(*order.size), device=self.device))
+        path = self.model.denoiser.path
+        if order.begin is None or order.begin.from_noise:
+            return x * _spread(path, times[0]), None
+        with torch.inference_mode():
+            known = order.begin.encoded(self.model.codec, self.device)
+            return noised(path, known, x, times[0].to("cpu", torch.float64)).to(x), known
 
     def _steered(self, controls: Sequence[Control], guide: Guidance) -> tuple[Callable[..., Tensor], Guidance]:
         """The forward of the network under controls, and the guidance that tells it their pictures."""
@@ -303,7 +323,7 @@ class Pipeline:
 
     def _control(self, name: str) -> ControlNet:
         if name not in self.controls:
-            self.controls[name] = read_control(Path(name))
+            self.controls[name] = read_control(name)
         return self.controls[name].to(self.device)
 
     def _forward(self, x: Tensor, t: Tensor, cond: Cond, model: torch.nn.Module | None = None, **asked: Any) -> Tensor:
@@ -355,7 +375,7 @@ class Pipeline:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, DTYPES[self.precision])
 
-    def _order(
+    def order(
         self,
         prompts: Prompt | Sequence[Prompt],
         seeds: int | Sequence[int] | None,
@@ -435,8 +455,9 @@ def load(
     text: Mapping[str, Any] | None = None,
     text_device: str | None = None,
 ) -> Pipeline:
-    """The pipeline of a model directory, of a run, whose newest `model/` it takes, of a folder of diffusers, or of an
-    original file. CheckpointError if it is damaged.
+    """The pipeline of a model directory, of a run, whose newest `model/` it takes, of a folder of diffusers, of an
+    original file, or of a repository of the hub that is one of these (`owner/name`, see `sfumato.hub`).
+    CheckpointError if it is damaged.
 
     precision, compile, text_device: as of `Pipeline`; in half precision weights take half the memory too. trust: as of
     `sfumato.io.directory.load_model`. parts: for a single file, a folder of diffusers with what it lacks.
@@ -459,7 +480,7 @@ def load(
         "matrices": None if kind == torch.float32 else kind,
     }
     if is_published(folder):
-        model = load_published(folder, None if parts is None else Path(parts).expanduser(), **straight)
+        model = load_published(folder, None if parts is None else located(parts), **straight)
     else:
         model = load_model(folder, trust=trust, **straight)
     pipeline = Pipeline(model, place, precision=precision, compile=compile, text_device=text_device)
@@ -476,8 +497,10 @@ def _dtype(precision: str) -> torch.dtype:
 
 
 def model_folder(path: str | Path) -> Path:
-    """The model directory that is meant: a run's `model/`, or the folder itself."""
-    folder = Path(path).expanduser()
+    """The model directory that is meant: a run's `model/`, or the folder itself; of a name of the hub the folder or
+    file in its cache.
+    """
+    folder = located(path)
     return folder / "model" if (folder / "model" / "model.json").is_file() else folder
 
 

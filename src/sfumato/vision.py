@@ -16,6 +16,7 @@ from sfumato.conditioners import Raw, Source
 from sfumato.data.given import given
 from sfumato.denoiser import Cond
 from sfumato.errors import CheckpointError, ConfigError
+from sfumato.hub import located
 from sfumato.image_conditions import OfPictures, Size
 from sfumato.text.library import library
 
@@ -83,7 +84,7 @@ class Vision(OfPictures):
             fix = "model.conditioner.weights=FOLDER, one of transformers"
             what = "an image encoder comes from a checkpoint"
             raise ConfigError(what, where="model.conditioner.weights", seen="nothing", fix=fix)
-        folder = Path(self.weights).expanduser()
+        folder = located(self.weights, ("image_encoder", "feature_extractor"))
         folder = folder / "image_encoder" if (folder / "image_encoder").is_dir() else folder
         self.restore(files_of(folder))
         try:

@@ -91,10 +91,43 @@ def test_a_model_without_conditions_is_not_judged(sfumato: Command) -> None:
     told(sfumato("sample", "runs/free", "a cross"), 4, "takes no conditions")
 
 
+FLOW = ("--pictures", "3", "--device", "cpu")
+
+
+def test_likelihood(sfumato: Command, run: Path) -> None:
+    outcome = sfumato("eval", run, "--suite", "likelihood", *FLOW, "--steps", "2", "--probes", "2", "--json")
+    assert outcome.code == 0, outcome.err
+    scores, bits = outcome.data, outcome.data["bits_per_dim"]
+    assert (scores["calls"], scores["probes"], scores["held_out"], bits["n"]) == (8, 2, True, 3)
+    assert bits["low"] < bits["mean"] < bits["high"]
+    assert bits["high"] - bits["low"] == pytest.approx(3.92 * bits["error"], rel=1e-3, abs=2e-5)
+    assert json.loads((run / "eval" / "likelihood.json").read_text()) == scores
+    again = sfumato("eval", run / "model", "--suite", "likelihood", *FLOW, "--steps", "2", "--level", "0.1")
+    assert again.code == 0 and "bits a dimension" in again.out and "of 3" in again.out
+    assert json.loads((run / "eval" / "likelihood.json").read_text())["noise"] == 0.1
+
+
+def test_straightness(sfumato: Command, run: Path) -> None:
+    outcome = sfumato("eval", run, "--suite", "straightness", *FLOW, "--steps", "4", "--guidance", "2", "--json")
+    assert outcome.code == 0, outcome.err
+    scores = outcome.data
+    assert (scores["straightness"]["n"], scores["guidance"]) == (3, 2.0)
+    assert scores["straightness"]["mean"] > 0 and scores["relative"] > 0
+    assert scores["curve"]["t"] == [1.0, 0.75, 0.5, 0.25] and len(scores["curve"]["error"]) == 4
+    assert Pillow.open(run / "eval" / "straightness.png").width == 720
+    assert "scores in runs/tiny/eval/straightness.json" in outcome.err
+
+
+def test_flows_of_a_model_alone_and_under_guidance(sfumato: Command, run: Path) -> None:
+    shutil.copytree(run / "model", "alone")
+    told(sfumato("eval", "alone", "--suite", "likelihood", *FLOW), 4, "does not tell its data")
+    told(sfumato("eval", run, "--suite", "likelihood", *FLOW, "--guidance", "2"), 2, "of the model itself")
+
+
 @pytest.mark.parametrize(
     ("words", "code", "parts"),
     [
-        (["--suite", "fid"], 2, ["no such suite", "seen   fid", "--suite scenes"]),
+        (["--suite", "fid"], 2, ["no such suite", "seen   fid", "likelihood, scenes, straightness"]),
         (["--steps", "0"], 2, ["steps", "seen   0"]),
         (["--sampler", "ddmi"], 2, ["sampler is not known"]),
         (["--out", "a_file/in"], 3, ["a_file"]),

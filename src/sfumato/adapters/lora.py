@@ -18,6 +18,7 @@ from sfumato.adapters.factors import Factors, merged
 from sfumato.adapters.parts import Part, parts_of
 from sfumato.adapters.reading import Adapter, read_adapter
 from sfumato.errors import ConfigError, MachineError, nearest
+from sfumato.hub import located, place_of
 from sfumato.model import Model
 
 DORA = "_dora"  # how peft's names of DoRAs end here
@@ -151,12 +152,12 @@ class Living:
         return bool(self._kept)
 
     def load(self, path: str | Path, scale: float = 1.0, name: str | None = None) -> str:
-        """The adapter in a file or folder, of any dialect; its name, which is the file's unless said."""
-        path = Path(path).expanduser()
-        stem = name or (path.stem if path.is_file() else path.name)
-        adapter = read_adapter(path, self.parts)
-        self.add(stem, adapter, scale)
-        self.sources[stem] = path.name
+        """The adapter in a file or folder, here or on the hub, of any dialect; its name, the file's unless said."""
+        place = place_of(path)
+        there = located(path)
+        stem = name or (str(place) if place else there.stem if there.is_file() else there.name)
+        self.add(stem, read_adapter(there, self.parts), scale)
+        self.sources[stem] = str(place) if place else there.name
         return stem
 
     def add(self, name: str, adapter: Adapter, scale: float = 1.0) -> None:

@@ -20,12 +20,13 @@ from sfumato.adapters.factors import Factors
 from sfumato.adapters.moving import moved
 from sfumato.adapters.parts import Architecture, Part, architectures
 from sfumato.errors import CheckpointError
+from sfumato.hub import located
 from sfumato.io.inspect import header
 from sfumato.io.keymap import OURS, some
 from sfumato.io.pretrained import read_json, read_state
+from sfumato.stored import ADAPTERS, LORAS, PEFT
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # of peft's folders
-NAMES = ("pytorch_lora_weights.safetensors", "lora.safetensors", "pytorch_lora_weights.bin")  # of files in folders
+CONFIG, WEIGHTS = PEFT, ADAPTERS[0]  # of peft's folders
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,10 @@ class Raw:
 
 
 def read_raw(path: str | Path) -> Raw:
-    """The tensors of a file, of a folder of peft (or of one for each part), or of a folder with such a file."""
-    path = Path(path).expanduser()
+    """The tensors of a file, of a folder of peft (or of one for each part), or of a folder with such a file; any of
+    them may be on the hub.
+    """
+    path = located(path)
     if not path.exists():
         raise CheckpointError("there is no such adapter", where=str(path), fix="a file of safetensors, or a folder")
     if path.is_dir():
@@ -105,11 +108,11 @@ def _folder(path: Path) -> Raw:
         layers = {name: leaves for one in found for name, leaves in one.layers.items()}
         alphas = {name: alpha for one in found for name, alpha in one.alphas.items()}
         return Raw(str(path), layers, alphas, "peft", {})
-    for name in NAMES:
+    for name in LORAS:
         if (path / name).is_file():
             return read_raw(path / name)
     seen = some(one.name for one in path.iterdir()) or "an empty folder"
-    raise CheckpointError("this folder holds no adapter", where=str(path), seen=seen, fix=f"{CONFIG} or {NAMES[0]}")
+    raise CheckpointError("this folder holds no adapter", where=str(path), seen=seen, fix=f"{CONFIG} or {LORAS[0]}")
 
 
 def _peft(folder: Path, start: str) -> Raw:
@@ -117,7 +120,7 @@ def _peft(folder: Path, start: str) -> Raw:
     config = read_json(folder / CONFIG)
     if (kind := str(config.get("peft_type", "LORA")).upper()) not in ("LORA", "LOHA", "LOKR"):
         raise CheckpointError("another kind of adapter", where=str(folder / CONFIG), seen=kind, fix="a LoRA")
-    there = next((folder / name for name in (WEIGHTS, "adapter_model.bin") if (folder / name).is_file()), None)
+    there = next((folder / name for name in ADAPTERS if (folder / name).is_file()), None)
     if there is None:
         raise CheckpointError("the weights are missing", where=str(folder), seen=f"{CONFIG} alone", fix=WEIGHTS)
     state = read_state(there)

@@ -20,6 +20,7 @@ from sfumato.cli.eval import evaluate
 from sfumato.cli.inspect import inspect
 from sfumato.cli.lora import lora
 from sfumato.cli.plan import plan
+from sfumato.cli.push import push
 from sfumato.cli.recipes import recipes
 from sfumato.cli.sample import sample
 from sfumato.cli.train import train
@@ -43,6 +44,7 @@ app.command(name="recipes")(recipes)
 app.command(name="plan")(plan)
 app.command(name="convert")(convert)
 app.command(name="inspect")(inspect)
+app.command(name="push")(push)
 app.add_typer(lora, name="lora")
 app.add_typer(data, name="data")
 app.command(name="doctor")(doctor)

@@ -12,7 +12,9 @@ DTYPES = ("fp32", "fp16", "bf16")
 
 
 def convert(
-    source: Path = typer.Argument(..., help="A run, a model, a folder of diffusers, or a file.", metavar="SRC"),
+    source: Path = typer.Argument(
+        ..., help="A run, a model, a folder of diffusers, a file, or a name of the hub.", metavar="SRC"
+    ),
     target: Path = typer.Argument(..., help="The folder to write, or the file; it must not exist.", metavar="DST"),
     to: str = typer.Option(..., "--to", help="sfumato; or diffusers or single-file, where the model has such a form."),
     dtype: str = typer.Option("fp32", "--dtype", help="What weights are stored as: fp32, fp16 or bf16."),

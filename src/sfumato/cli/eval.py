@@ -9,17 +9,24 @@ from rich.table import Table
 from sfumato.cli.show import as_json, bar, home, made, out, say
 from sfumato.errors import ConfigError, nearest
 
-SUITES = ("scenes",)
+SUITES = ("scenes", "likelihood", "straightness")
 
 
 def evaluate(
     run: Path = typer.Argument(..., help="A run's folder, or a model directory.", metavar="RUN|MODEL"),
-    suite: str = typer.Option("scenes", "--suite", help="What to judge by: scenes."),
+    suite: str = typer.Option("scenes", "--suite", help="What to judge by: scenes, likelihood or straightness."),
     per_task: int = typer.Option(100, "--per-task", min=1, help="Prompts of each task."),
     held_out: int = typer.Option(
         50, "--held-out", min=0, help="Prompts of each task on combinations that training never showed."
     ),
-    steps: int | None = typer.Option(None, "--steps", help="Steps of the sampler."),
+    pictures: int = typer.Option(
+        64, "--pictures", min=1, help="Held-out pictures whose likelihood is measured, or trajectories that are walked."
+    ),
+    probes: int = typer.Option(1, "--probes", min=1, help="Random probes of the likelihood, for each picture."),
+    level: float | None = typer.Option(
+        None, "--level", help="The noise through which the likelihood is bounded. [default: even noise within a level]"
+    ),
+    steps: int | None = typer.Option(None, "--steps", help="Steps of the sampler, or of the flow's solver."),
     sampler: str | None = typer.Option(None, "--sampler", help="The sampler."),
     times: str | None = typer.Option(None, "--times", help="The grid of times."),
     guidance: float | None = typer.Option(None, "--guidance", help="How strongly to follow the prompt; 1 is off."),
@@ -30,7 +37,9 @@ def evaluate(
     precision: str = typer.Option("fp32", "--precision", help="fp32, bf16 or fp16."),
     json: bool = typer.Option(False, "--json", help="Print the scores as JSON."),
 ) -> None:
-    """Judge a model: the share of pictures that show exactly what the prompt says, with 95% intervals."""
+    """Judge a model: the share of pictures that show exactly what the prompt says (scenes), bits a dimension of
+    pictures that it never saw (likelihood), or how straight its flow is (straightness); with 95% intervals.
+    """
     if suite not in SUITES:
         raise ConfigError("no such suite", where="--suite", seen=suite, fix=f"--suite {nearest(suite, SUITES)}")
     from json import dumps
@@ -41,6 +50,9 @@ def evaluate(
 
     pipeline = load(run, device, precision=precision)
     place = made(folder or home(run) / "eval")
+    if suite != "scenes":
+        _flow(suite, pipeline, run, place, pictures, probes, level, steps, guidance, seed, batch, json)
+        return
     with bar("drawing") as progress:
         report = judge(
             pipeline,
@@ -62,6 +74,64 @@ def evaluate(
     else:
         out.print(_table(scores))
     say(f"scores in {place / 'scenes.json'}, hits and misses in {', '.join(path.name for path in sheets)}")
+
+
+def _flow(
+    suite: str,
+    pipeline: Any,
+    run: Path,
+    place: Path,
+    pictures: int,
+    probes: int,
+    level: float | None,
+    steps: int | None,
+    guidance: float | None,
+    seed: int,
+    batch: int,
+    json: bool,
+) -> None:
+    """The suites that look at the flow and not at pictures."""
+    from json import dumps
+
+    from sfumato.files import write_atomic
+    from sfumato.metrics.flow import examples, judge_likelihood, judge_straightness
+    from sfumato.train.curves import Curve, plot
+
+    found = examples(run, pictures)
+    with bar(suite) as progress:
+        if suite == "likelihood":
+            if guidance not in (None, 1):
+                seen = f"{guidance:g}"
+                raise ConfigError(
+                    "a likelihood is of the model itself", where="--guidance", seen=seen, fix="leave it out"
+                )
+            scores = judge_likelihood(
+                pipeline, found, probes=probes, steps=steps, level=level, seed=seed, batch=batch, progress=progress
+            )
+            said = scores["bits_per_dim"]
+        else:
+            scores = judge_straightness(
+                pipeline,
+                found.fields,
+                steps=steps or 100,
+                guidance=1.0 if guidance is None else guidance,
+                seed=seed,
+                batch=batch,
+                progress=progress,
+            )
+            said, curve = scores["straightness"], scores["curve"]
+            shown = Curve("|dz/dt - (z1 - z0)|^2", curve["t"], curve["error"])
+            plot(place / "straightness.png", f"{run.name}: straightness", [shown], "time (0 data, 1 noise)")
+    write_atomic(place / f"{suite}.json", dumps(scores, indent=1) + "\n")
+    if json:
+        as_json(scores)
+    else:
+        name = "bits a dimension" if suite == "likelihood" else "straightness a dimension"
+        within = f", 95% {said['low']:.4f}-{said['high']:.4f}" if "low" in said else ""
+        out.print(f"{name}  {said['mean']:.4f}{within}, of {said['n']}", markup=False, soft_wrap=True)
+    if not found.held_out:
+        say("the run held no pictures out: these are of those that it saw")
+    say(f"scores in {place / f'{suite}.json'}")
 
 
 def _table(scores: dict[str, Any]) -> Table:

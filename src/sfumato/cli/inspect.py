@@ -8,7 +8,9 @@ from sfumato.cli.show import as_json, line
 
 
 def inspect(
-    path: Path = typer.Argument(..., help="A run, a model, a folder of diffusers, or a file.", metavar="PATH"),
+    path: Path = typer.Argument(
+        ..., help="A run, a model, a folder of diffusers, a file, or a name of the hub.", metavar="PATH"
+    ),
     json: bool = typer.Option(False, "--json", help="As JSON."),
 ) -> None:
     """Say what a file or folder is: its family, its parts and their sizes, what it predicts, what is missing.

@@ -68,7 +68,9 @@ def convert(
 
 @lora.command()
 def merge(
-    model: Path = typer.Argument(..., help="A run, a model, a folder of diffusers, or a file.", metavar="MODEL"),
+    model: Path = typer.Argument(
+        ..., help="A run, a model, a folder of diffusers, a file, or a name of the hub.", metavar="MODEL"
+    ),
     files: list[str] = typer.Argument(
         ..., help="Adapters, each perhaps with a scale, and what to write.", metavar="LORA[:SCALE]... DST"
     ),

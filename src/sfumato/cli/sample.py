@@ -7,10 +7,13 @@ import typer
 
 from sfumato.cli.show import as_json, bar, home, line, made, say
 from sfumato.errors import ConfigError, DataError
+from sfumato.hub import SCHEME
 
 
 def sample(
-    run: Path = typer.Argument(..., help="A run, a model, a folder of diffusers, or a file.", metavar="RUN|MODEL"),
+    run: Path = typer.Argument(
+        ..., help="A run, a model, a folder of diffusers, a file, or a name of the hub.", metavar="RUN|MODEL"
+    ),
     prompts: list[str] | None = typer.Argument(
         None, help="What to draw. None: without a condition.", metavar="[PROMPT]..."
     ),
@@ -121,10 +124,12 @@ def controls(given: list[str]) -> dict[str, Any] | None:
     """Controls from the command line. ConfigError for what is no MODEL:PICTURE[:SCALE]."""
     found: dict[str, Any] = {}
     for one in given:
-        parts = one.split(":")
+        head = SCHEME.match(one)
+        parts = one[head.end() if head else 0 :].split(":")
         scale = parts.pop() if len(parts) > 2 else "1"
         try:
             model, picture = parts
+            model = one[: head.end()] + model if head else model
             found[model] = {"image": picture, "scale": float(scale)}
         except ValueError:
             what, fix = "a control is MODEL:PICTURE[:SCALE]", "--control canny:edges.png:0.8"

@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from sfumato.hub import place_of
+
 talk = Console(stderr=True, highlight=False, emoji=False)
 out = Console(highlight=False, emoji=False)
 
@@ -29,9 +31,11 @@ def line(text: object) -> None:
 
 
 def home(run: Path) -> Path:
-    """Where that belongs which is made with a model: the run's folder, also for its `model/`, which is rewritten, and
-    for a single file the folder that it lies in.
+    """Where that belongs which is made with a model: the run's folder, also for its `model/`, which is rewritten; for a
+    single file the folder that it lies in, and for a model of the hub the current one.
     """
+    if place_of(run) is not None:
+        return Path()
     run = run.expanduser()
     if run.is_file():
         return run.parent

@@ -7,6 +7,8 @@ import typer
 
 from sfumato.cli.sample import read_lines
 from sfumato.cli.show import as_json, bar, out, say
+from sfumato.errors import ConfigError
+from sfumato.hub import place_of
 
 
 def tune_sampler(
@@ -27,6 +29,9 @@ def tune_sampler(
 
     sfumato tune-sampler runs/quickstart --steps 6
     """
+    if place_of(run) is not None:
+        fix = f"sfumato convert {run} FOLDER --to sfumato"
+        raise ConfigError("a model of the hub is not written into", where=str(run), seen="no folder", fix=fix)
     from sfumato.io.tuned import save_tuned
     from sfumato.pipeline import load, model_folder
     from sfumato.tuning.model import examples, tune_model

@@ -15,10 +15,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sfumato.errors import CheckpointError
+from sfumato.hub import located
 from sfumato.io.directory import read_description
 from sfumato.io.family import families
 from sfumato.io.parts import INDEX, part_of
-from sfumato.io.pretrained import FILES, PICKLES, read_json, read_state
+from sfumato.io.pretrained import read_json, read_state
+from sfumato.stored import FILES, PICKLES
 
 KINDS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "F64": "fp64", "F8_E4M3": "fp8", "F8_E5M2": "fp8"}
 PARTS = {  # of single files: what a part is called, by the beginnings of its names
@@ -75,12 +77,12 @@ def header(file: Path) -> Header:
         raise CheckpointError("weights cannot be read", where=str(file), seen=str(error)) from None
 
 
-def inspected(path: Path) -> dict[str, Any]:
+def inspected(path: str | Path) -> dict[str, Any]:
     """What lies at a path: its kind, its family, its parts with their sizes, what it predicts, what is missing.
 
     CheckpointError for what is nothing that this library knows.
     """
-    path = Path(path).expanduser()
+    path = located(path)
     if path.is_file():
         return {"path": str(path), **_file(path)}
     if (path / INDEX).is_file():
@@ -108,7 +110,7 @@ def _own(folder: Path) -> dict[str, Any]:
         "family": _kind(section.get("net")),
         "path of noise": _kind(section.get("path")),
         "prediction": _kind(section.get("prediction")),
-        "conditioner": _kind(section.get("conditioner")),
+        "conditioner": _kinds(section.get("conditioner")),
         "codec": _kind(section.get("codec")),
         "size": said["size"],
         "sampling": said["sampling"],
@@ -120,6 +122,12 @@ def _own(folder: Path) -> dict[str, Any]:
 
 def _kind(slot: Any) -> Any:
     return slot.get("kind") if isinstance(slot, Mapping) else slot
+
+
+def _kinds(slot: Any) -> Any:
+    """The kind of a conditioner; of several, all of them."""
+    parts = slot.get("parts") if isinstance(slot, Mapping) and slot.get("kind") == "joined" else None
+    return [_kind(one) for one in parts] if parts else _kind(slot)
 
 
 def _diffusers(folder: Path) -> dict[str, Any]:

@@ -16,14 +16,13 @@ from torch import Tensor, nn
 
 from sfumato.errors import CheckpointError, ConfigError
 from sfumato.files import verify
+from sfumato.hub import located
 from sfumato.io.directory import read_description, read_weights
 from sfumato.io.families import autoencoder, taesd
 from sfumato.io.keymap import DIFFUSERS, OURS, renamed, some
+from sfumato.stored import NAMES, PICKLES, chosen, is_index
 
-NAMES = ("diffusion_pytorch_model", "model")  # of weights in a folder, before .safetensors and the like
 LATENTS, TINY = "latents", "tiny_latents"  # the kinds of codec that are read here
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-FILES = (*PICKLES, ".safetensors", ".sft")  # of weights
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -41,15 +40,11 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def _folder(path: Path) -> dict[str, Tensor]:
-    for name in NAMES:
-        for variant in ("", ".fp16", ".bf16"):
-            index = path / f"{name}.safetensors.index{variant}.json"
-            if index.is_file():
-                return _shards(index)
-            if (whole := path / f"{name}{variant}.safetensors").is_file():
-                return read_weights(whole)
-        if (old := path / f"{name}.bin").is_file():
-            return _unpickled(old)
+    name = chosen([one.name for one in path.iterdir()])
+    if name is not None:
+        if is_index(name):
+            return _shards(path / name)
+        return (_unpickled if name.endswith(PICKLES) else read_weights)(path / name)
     seen = some(one.name for one in path.iterdir()) or "an empty folder"
     raise CheckpointError("this folder holds no weights", where=str(path), seen=seen, fix=f"{NAMES[0]}.safetensors")
 
@@ -107,7 +102,7 @@ def codec_from(slot: Any) -> tuple[Any, dict[str, Tensor]]:
     if slot.get("weights") is None:
         fix = "model.codec.weights=PATH, a folder of diffusers or a file"
         raise ConfigError("latents need an autoencoder", where="model.codec.weights", seen="nothing", fix=fix)
-    path = Path(str(slot["weights"])).expanduser()
+    path = located(str(slot["weights"]), ("vae",))
     rest = {key: value for key, value in slot.items() if key != "weights"}
     if slot["kind"] == TINY:
         found, state = _tiny(path)

@@ -16,8 +16,9 @@ from sfumato.io.family import Family, Published, families
 from sfumato.io.fill import fill_weights, unfilled
 from sfumato.io.keymap import ORIGINAL, OURS, renamed, some
 from sfumato.io.parts import INDEX, read_own, write_vae
-from sfumato.io.pretrained import FILES, read_json, read_state
+from sfumato.io.pretrained import read_json, read_state
 from sfumato.model import AutoencoderModel, Model, Trainable, build_model
+from sfumato.stored import FILES
 
 
 def is_published(path: Path) -> bool:

@@ -4,7 +4,17 @@ conditions, and gives a `Loss`.
 
 from sfumato.objectives.adversarial import Adversarial
 from sfumato.objectives.autoencoding import Autoencoding
+from sfumato.objectives.consistency import ConsistencyDistillation, ConsistencyTraining
 from sfumato.objectives.denoising import Denoising, Loss, Objective
 from sfumato.objectives.distribution import DistributionMatching
 
-__all__ = ["Adversarial", "Autoencoding", "Denoising", "DistributionMatching", "Loss", "Objective"]
+__all__ = [
+    "Adversarial",
+    "Autoencoding",
+    "ConsistencyDistillation",
+    "ConsistencyTraining",
+    "Denoising",
+    "DistributionMatching",
+    "Loss",
+    "Objective",
+]

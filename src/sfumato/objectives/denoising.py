@@ -1,8 +1,9 @@
-"""DDPM, v-prediction, EDM, flow matching, rectified flow, min-SNR: one objective, three choices.
+"""DDPM, v-prediction, EDM, flow matching, rectified flow, min-SNR: one objective, four choices.
 
 Draw a time from a density, noise the data, compare what the network says with what a perfect one would. The square
 error is averaged over each sample and weighted. A weight is stated for the error of one prediction (the paper's);
-because at fixed x_t the errors of two predictions differ by a known gain, it applies to every network alike.
+because at fixed x_t the errors of two predictions differ by a known gain, it applies to every network alike. And the
+noise may be paired with the data, see `sfumato.objectives.couplings`.
 """
 
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from sfumato.denoiser import Cond, Denoiser
+from sfumato.objectives.couplings import Coupling, Independent
 from sfumato.objectives.weights import Flat, Weight
 from sfumato.paths import Path, log_snr, noised
 from sfumato.predictions import Prediction
@@ -43,25 +45,38 @@ class Denoising:
 
     times: where in time to look. weight: how much each noise level counts, see `sfumato.objectives.weights`.
     space: the prediction whose error is weighed: by default the one that the weight is stated for, else the network's.
+    coupling: which noise each sample gets.
     """
 
     times: Density = Uniform()
     weight: Weight = Flat()
     space: Prediction | None = None
+    coupling: Coupling = Independent()
 
     def __call__(self, model: Denoiser, x0: Tensor, cond: Cond | None = None, rng: Generator | None = None) -> Loss:
         """x0: (B, ...). Times and noise come from `rng` on the CPU, so they do not depend on the device."""
         t = self.times(len(x0), model.path, rng).to(x0.device, torch.promote_types(x0.dtype, torch.float32))
         eps = torch.randn(x0.shape, generator=rng, dtype=x0.dtype).to(x0.device)
+        x0, eps = self.coupling(model.path, x0, eps, t, rng)
         x_t = noised(model.path, x0, eps, t).to(x0.dtype)
         said = model.predict(x_t, t, cond)
         target = model.prediction.target(model.path, x0, eps, t)
         each = (said - target).square().flatten(1).mean(1)
         return Loss((self.factor(model, t) * each).mean(), each.detach(), t)
 
+    def notes(self, conditional: bool) -> tuple[str, ...]:
+        """What a person should know before training with it."""
+        if isinstance(self.coupling, Independent):
+            return ()
+        said = "noise is paired with data: sample by the ODE (euler, heun, dpmpp_2m), not by a method that draws noise"
+        biased = (
+            "and with conditions, so given one the noise seen is not normal; unconditional training has no such bias"
+        )
+        return (said, biased) if conditional else (said,)
+
     def factor(self, model: Denoiser, t: Tensor) -> Tensor:
         """What the square error of the network's own answer is multiplied by: (B,)."""
-        path, own = _Inside(model.path), model.prediction
+        path, own = Inside(model.path), model.prediction
         space = self.space or self.weight.space or own
         factor = self.weight(log_snr(path, t))
         if space != own:
@@ -72,7 +87,7 @@ class Denoising:
 
 
 @dataclass(frozen=True)
-class _Inside:
+class Inside:
     """A path that never quite reaches its ends, where weights and gains are 0 / 0 although their product has a limit.
 
     1e-9 is far below what any schedule reaches before its end, and its fourth power is still a float32.

@@ -11,9 +11,8 @@ import torch
 from torch import Generator, Tensor
 
 from sfumato.denoiser import Cond
-from sfumato.errors import ConfigError
 from sfumato.objectives.denoising import Denoising, Loss
-from sfumato.objectives.teaching import Lesson
+from sfumato.objectives.teaching import Lesson, checked_scales, drawn_scales
 from sfumato.objectives.weights import Flat, Weight
 from sfumato.paths import noised
 from sfumato.predictions import Prediction
@@ -34,9 +33,7 @@ class GuidanceDistillation:
     space: Prediction | None = None
 
     def __post_init__(self) -> None:
-        if self.scales is not None and not 0 <= self.scales[0] <= self.scales[1]:
-            seen = str(self.scales)
-            raise ConfigError("scales lie between a low and a high", where="objective.scales", seen=seen, fix="[1, 6]")
+        checked_scales(self.scales)
 
     @property
     def told(self) -> tuple[str, ...]:
@@ -45,14 +42,9 @@ class GuidanceDistillation:
     def __call__(self, lesson: Lesson, x0: Tensor, cond: Cond | None = None, rng: Generator | None = None) -> Loss:
         """x0: (B, ...). Times, noise and scales come from `rng` on the CPU."""
         student, teacher = lesson.student, lesson.taught
-        told = dict(cond or {})
         t = self.times(len(x0), student.path, rng).to(x0.device, torch.promote_types(x0.dtype, torch.float32))
         eps = torch.randn(x0.shape, generator=rng, dtype=x0.dtype).to(x0.device)
-        scale = None
-        if self.scales is not None:
-            low, high = self.scales
-            scale = (low + (high - low) * torch.rand(len(x0), generator=rng)).to(t)
-            told["guidance"] = scale
+        scale, told = drawn_scales(self.scales, cond, t, rng)
         x_t = noised(student.path, x0, eps, t).to(x0.dtype)
         guided = teacher(x_t, t, scale)
         said = student.predict(x_t, t, told)

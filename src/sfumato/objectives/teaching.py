@@ -19,6 +19,7 @@ from sfumato.objectives.denoising import Loss
 from sfumato.paths import Path
 
 Scale = float | Tensor  # of classifier-free guidance: one for all, or one a sample (B,)
+Scales = tuple[float, float] | None  # the range that scales are drawn from, where the student is told them
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,9 @@ class Lesson:
     """A step of a student: everything that a method may ask for.
 
     student: learns. teacher: None where the configuration names none. slow: follows the student, frozen, where the
-    method says how fast. critic: learns with the student, and is not kept. step: of `steps`; None is for judging, when
-    nothing learns. null: makes the absence of the student's condition.
+    method says how fast. critic: learns with the student, and is not kept. step: the updates made, of `steps`; None is
+    for judging, when nothing learns. null: makes the absence of the student's condition. noise: of each sample, (B,
+    ...), where data are pairs of noise and of where the teacher's flow takes it.
     """
 
     student: Denoiser
@@ -115,6 +117,7 @@ class Lesson:
     step: int | None = None
     steps: int = 1
     null: Callable[[], Cond] = dict
+    noise: Tensor | None = None
 
     @property
     def path(self) -> Path:
@@ -134,6 +137,35 @@ class Lesson:
                 "this method needs a teacher", where="teacher", seen="none", fix="teacher=runs/quickstart"
             )
         return self.teacher
+
+    @property
+    def paired(self) -> Tensor:
+        """The noise of each sample, of a method that cannot do without. ConfigError where data are no pairs."""
+        if self.noise is None:
+            fix = "sfumato distill rectified-flow teacher=RUN"
+            raise ConfigError("this method learns from pairs", where="objective", seen="data alone", fix=fix)
+        return self.noise
+
+
+def checked_scales(scales: Scales) -> None:
+    """ConfigError for a range of scales that is none."""
+    if scales is not None and not 0 <= scales[0] <= scales[1]:
+        seen = str(scales)
+        raise ConfigError("scales lie between a low and a high", where="objective.scales", seen=seen, fix="[1, 6]")
+
+
+def drawn_scales(
+    scales: Scales, cond: Cond | None, like: Tensor, rng: Generator | None
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """Scales of guidance drawn evenly from a range, one for each of `like` (B,), and the student's condition, which
+    tells them. No scale, and the condition as it is, where there is no range.
+    """
+    told = dict(cond or {})
+    if scales is None:
+        return None, told
+    low, high = scales
+    scale = (low + (high - low) * torch.rand(len(like), generator=rng)).to(like)
+    return scale, {**told, "guidance": scale}
 
 
 @runtime_checkable

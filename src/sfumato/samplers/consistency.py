@@ -57,7 +57,7 @@ def lcm(
     (4 s^2 + 1), where s is `boundary` times the index in the table of betas, so that it is x itself at index 0.
     """
     table = Table.of(path, times)
-    shares = _boundary(path, table, boundary) if boundary else None
+    shares = _shares(path, table, boundary) if boundary else None
     return (yield from _jumps(table, x, table.sigma, eta, to, shares))
 
 
@@ -88,14 +88,23 @@ def _jumps(
     return x
 
 
-def _boundary(path: Path, table: Table, scale: float) -> list[tuple[float, float]]:
-    """c_skip and c_out at each time, in which the published code leaves out sigma_data, 1/2, once."""
+def boundary_shares(path: Path, t: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """c_skip and c_out of latent consistency models, what counts of x and of the answer at times t in an end.
+
+    They are of the index in a table of betas, times `scale`; the published code leaves out sigma_data, 1/2, once.
+    ConfigError for a path that has no indices.
+    """
     if not isinstance(path, Tabulated):
         raise ConfigError(
             "this boundary counts the indices of a table of betas",
-            where="sampler.boundary",
+            where="boundary",
             seen=f"path {path}",
             fix="boundary=0",
         )
-    scaled = (scale * path.index(torch.tensor(table.t, dtype=torch.float64))).tolist()
-    return [(0.25 / (s**2 + 0.25), s / math.sqrt(s**2 + 0.25)) for s in scaled]
+    square = (scale * path.index(t)) ** 2
+    return 0.25 / (square + 0.25), torch.sqrt(square / (square + 0.25))
+
+
+def _shares(path: Path, table: Table, scale: float) -> list[tuple[float, float]]:
+    skip, out = boundary_shares(path, torch.tensor(table.t, dtype=torch.float64), scale)
+    return list(zip(skip.tolist(), out.tolist(), strict=True))

@@ -10,7 +10,6 @@ import contextlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from sfumato.conditioners import Conditioner, Raw, Source, captions_of, told_of_cuts
 from sfumato.denoiser import MASK, Cond
 from sfumato.errors import ConfigError, DataError, nearest
+from sfumato.hub import located
 from sfumato.text import library
 from sfumato.text.emphasis import emphasised, of_pieces, weighed
 from sfumato.text.library import CLIP, PROJECTED
@@ -221,7 +221,7 @@ class Text(Conditioner):
                 seen="nothing",
                 fix="model.conditioner.weights=FOLDER, one of diffusers",
             )
-        folder = Path(self.weights).expanduser()
+        folder = located(self.weights, (self.part, library.tokenizer_of(self.part)))
         self.restore(library.files_of(folder, self.part))
         self.encoder.load_state_dict(library.pretrained(folder, self.part, self.kind))
         self.notes = told_of_cuts(Counter(self.counted(caption) for caption in source.captions()), self.most)

@@ -42,13 +42,13 @@ def files_of(folder: Path, part: str = "text_encoder") -> dict[str, bytes]:
             "a text encoder or its tokenizer is missing",
             where=str(folder),
             seen=str(error),
-            fix=f"a folder with {part}/ and {_tokenizer_of(part)}/",
+            fix=f"a folder with {part}/ and {tokenizer_of(part)}/",
         ) from None
 
 
 def tokenizer_files(folder: Path, part: str = "text_encoder") -> dict[str, bytes]:
     """The files of the tokenizer of `part`, by their travelling names. OSError where there is none."""
-    there = [path for path in sorted((folder / _tokenizer_of(part)).iterdir()) if path.is_file()]
+    there = [path for path in sorted((folder / tokenizer_of(part)).iterdir()) if path.is_file()]
     return {f"{tokenizer_prefix(part)}{path.name}": path.read_bytes() for path in there}
 
 
@@ -56,9 +56,7 @@ def in_folder(files: Mapping[str, bytes], part: str = "text_encoder") -> dict[st
     """The inverse of `files_of`: by their paths in a folder of diffusers, those files that are of `part`."""
     head = tokenizer_prefix(part)
     out = {
-        f"{_tokenizer_of(part)}/{name.removeprefix(head)}": data
-        for name, data in files.items()
-        if name.startswith(head)
+        f"{tokenizer_of(part)}/{name.removeprefix(head)}": data for name, data in files.items() if name.startswith(head)
     }
     return {f"{part}/config.json": files[config_name(part)], **out}
 
@@ -67,7 +65,8 @@ def _stem(part: str) -> str:
     return part.replace("text_encoder", "text")
 
 
-def _tokenizer_of(part: str) -> str:
+def tokenizer_of(part: str) -> str:
+    """The folder of the tokenizer of `part`."""
     return part.replace("text_encoder", "tokenizer")
 
 

@@ -5,7 +5,6 @@ the rest of training knows nothing of it. The copy begins with the U-Net's weigh
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,7 +58,7 @@ def freeze(model: Model) -> None:
 
 def _begun(start: Start, base: Model, net: StableUNet, section: ControlSection, seed: int) -> ControlNet:
     if section.weights is not None:
-        return read_control(Path(section.weights)).requires_grad_(True)
+        return read_control(section.weights).requires_grad_(True)
     height, width = base.size
     factor = height // base.codec.shape(height, width)[1]  # how much smaller the network's map is than the picture
     steps = factor.bit_length() - 1

@@ -69,9 +69,11 @@ def build_optimizer(model: nn.Module, config: Config) -> Optimizer:
 
 def learning_rate(update: int, config: Config) -> float:
     """The rate of update number `update` (from 0): a linear rise, a plateau, and the decay over the last part
-    of `steps`.
+    of `steps`, or of each of their cycles.
     """
-    optim, total = config.optim, config.steps
+    optim, number = config.optim, min(config.optim.cycles - 1, update * config.optim.cycles // config.steps)
+    begin, end = (-(-k * config.steps // optim.cycles) for k in (number, number + 1))
+    update, total = update - begin, end - begin
     rate = optim.lr * min(1.0, (update + 1) / max(1, optim.warmup))
     start = total * (1 - optim.decay_fraction)
     if optim.decay == "none" or update < start:

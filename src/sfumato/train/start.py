@@ -33,7 +33,7 @@ class Start(NamedTuple):
 
 
 def read_start(path: str | Path) -> Start:
-    """The model of a run, a model directory, a folder of diffusers or a file. CheckpointError where there is none."""
+    """The model of a run, a model directory, a folder of diffusers, a file, or of the hub. CheckpointError for none."""
     folder = model_folder(path)
     if not folder.exists():
         raise CheckpointError(

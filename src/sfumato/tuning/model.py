@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from sfumato.conditioners import Raw, silent
+from sfumato.conditioners import Raw
 from sfumato.data.order import indices
-from sfumato.guidance import guided
+from sfumato.metrics.flow import bound
 from sfumato.overlay import run_data
 from sfumato.pipeline import Pipeline
 from sfumato.tuning.learn import Progress, Tuned, tune
@@ -18,19 +18,14 @@ def problems(
     pipeline: Pipeline, raw: Sequence[Raw], *, batch: int, guidance: float | None = None, seed: int = 0
 ) -> list[Problem]:
     """Noise for each condition, in batches, with the guidance that the model recommends or another scale."""
-    settings, found = pipeline.settings(guidance=guidance), []
+    found = []
     shape = pipeline.model.codec.shape(*pipeline.model.size)
     path, rng = pipeline.model.denoiser.path, torch.Generator().manual_seed(seed)
     top = float(path.sigma(torch.ones((), dtype=torch.float64)))
     for start in range(0, len(raw), batch):
         part = raw[start : start + batch]
-        with torch.no_grad():
-            cond = pipeline.model.cond(part)
-            kept = () if pipeline.model.conditioner is None else pipeline.model.conditioner.kept
-            null = pipeline.model.cond([silent(one, kept) for one in part])
-        guide = settings.guide(cond, lambda null=null: null)  # type: ignore[misc]
         noise = torch.randn(len(part), *shape, generator=rng).to(pipeline.device) * top
-        found.append(Problem(noise, guided(pipeline.model, path, guide)))
+        found.append(Problem(noise, bound(pipeline, part, guidance)))
     return found
 
 

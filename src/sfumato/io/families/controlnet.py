@@ -13,13 +13,15 @@ from torch import Tensor
 
 from sfumato.catalogue import build
 from sfumato.errors import CheckpointError, ConfigError
+from sfumato.hub import located
 from sfumato.io import parts as shared
 from sfumato.io.directory import read_description, read_weights
 from sfumato.io.families import stable
 from sfumato.io.fill import unfilled
 from sfumato.io.keymap import DIFFUSERS, ORIGINAL, OURS, Line, line, renamed, some
-from sfumato.io.pretrained import FILES, read_json, read_state
+from sfumato.io.pretrained import read_json, read_state
 from sfumato.nets.controlnet import Controlled, ControlNet, ControlNetConfig
+from sfumato.stored import FILES
 
 PREFIX = "control_model."
 PART = "controlnet"  # the subfolder of a pipeline
@@ -93,12 +95,13 @@ _HINTS: dict[str, tuple[str, Any]] = {
 }
 
 
-def read_control(path: Path) -> ControlNet:
-    """The control of a folder (`ControlNetModel`, a pipeline with one, a run or model of ours) or of an original file.
+def read_control(path: str | Path) -> ControlNet:
+    """The control of a folder (`ControlNetModel`, a pipeline with one, a run or model of ours), here or on the hub, or
+    of an original file.
 
     CheckpointError for what is none.
     """
-    path = Path(path).expanduser()
+    path = located(path)
     if (path / "model" / "model.json").is_file():
         path = path / "model"
     if (path / "model.json").is_file():
