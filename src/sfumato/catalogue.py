@@ -256,7 +256,7 @@ NETS = {
     "stable_unet": "sfumato.nets.stable_unet:StableUNet",
     "pixel_unet": "sfumato.nets.pixel_unet:PixelUNet",
     "flux": "sfumato.nets.flux:Flux",
-    "controlled": "sfumato.nets.controlnet:controlled()",
+    "controlled": "sfumato.nets.controlled:controlled()",
 }
 CODECS = {
     "pixels": "sfumato.codecs:Pixels",
