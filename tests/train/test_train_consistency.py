@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from runs import kept, rows_of, stopped
 
 from sfumato import load
@@ -51,11 +52,27 @@ def test_it_trains_and_goes_on_bit_for_bit(
     assert not saved & {"slow", "critic"}
 
 
+@pytest.mark.parametrize("name", ["consistency_distillation", "easy_consistency_training"])
+def test_a_student_that_predicts_x0_is_given_a_boundary(small: Small, teacher: Path, tmp_path: Path, name: str) -> None:
+    """Which it keeps: what it says at the data is the data. Another prediction stays what it is."""
+    taught = [f"teacher={teacher}"] if METHODS[name].teacher != "none" else []
+    config = small(*FEW, *taught, f"objective={OBJECTIVES[name]}", "model.prediction=x0")
+    train(config, run=tmp_path / "run")
+    model = load(tmp_path / "run", "cpu").model
+    assert model.spec["model"]["prediction"] == {"kind": "bounded"}
+    x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        told = model.cond([{"caption": "a red circle"}])
+        torch.testing.assert_close(model.denoiser(x, 0.0, told), x)
+    train(small(*FEW, *taught, f"objective={OBJECTIVES[name]}"), run=tmp_path / "other")
+    assert load(tmp_path / "other", "cpu").model.spec["model"]["prediction"] == {"kind": "velocity"}
+
+
 @pytest.mark.parametrize("recipe", ["consistency-distillation", "consistency-training", "ict"])
 def test_sampling_begins_where_training_does(recipe: str) -> None:
     """At pure noise, whatever the number of points and steps."""
     config = load_config(recipe).config
-    objective, path = build(config.objective, "Objective"), build({"kind": "linear"}, "Path")
+    objective, path = build(config.objective, "Objective"), build("linear", "Path")
     grid = build(config.sampling.grid, "Grid")
     assert KINDS["Objective"][config.objective["kind"]].endswith(type(objective).__name__)
     for n in (1, 2, 4):
@@ -63,6 +80,6 @@ def test_sampling_begins_where_training_does(recipe: str) -> None:
 
 
 def test_the_published_grids_begin_alike() -> None:
-    config, path = load_config("consistency-imagenet-64").config, build({"kind": "variance_exploding"}, "Path")
+    config, path = load_config("consistency-imagenet-64").config, build("variance_exploding", "Path")
     objective = build(config.objective, "Objective")
     assert float(objective.grid(path, 40)[0]) == pytest.approx(float(build(config.sampling.grid, "Grid")(path, 1)[0]))

@@ -123,7 +123,7 @@ class Student(Model):
 
 def as_student(config: Config, begun: Start | None) -> tuple[Config, Start | None]:
     """The configuration of a student, and what it starts from, with what its method asks of the network: what it
-    answers, and the numbers that it is told. New layers are drawn by the run's seed.
+    answers, the numbers that it is told, and what its answer is at the data. New layers are drawn by the run's seed.
     """
     line, method = _method(config), build(config.objective, "Objective")
     assert config.model is not None  # its own, or that of its start
@@ -131,8 +131,10 @@ def as_student(config: Config, begun: Start | None) -> tuple[Config, Start | Non
     if method.told and config.lora is not None:
         seen, what = ", ".join(method.told), "a low-rank change has no layers for a number that is told"
         raise ConfigError(what, where="lora", seen=seen, fix="lora=null, or an objective that tells nothing")
-    net = _telling(section["net"], method.told)
-    changed = type(config.model).model_validate({**section, "net": net, "answers": list(line.answers)})
+    found = {**section, "net": _telling(section["net"], method.told), "answers": list(line.answers)}
+    if line.boundary and section["prediction"]["kind"] == "x0":
+        found["prediction"] = {"kind": "bounded"}  # nearly what it was, and x itself at the data
+    changed = type(config.model).model_validate(found)
     config = config.model_copy(update={"model": changed})
     if begun is None:
         return config, None
