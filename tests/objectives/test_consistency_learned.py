@@ -99,13 +99,13 @@ def test_few_calls_of_the_exact_denoiser_are_as_bad_as_is_said() -> None:
 
 
 CASES: dict[str, tuple[Any, int, float, tuple[float, float, float]]] = {
-    "CD": (ConsistencyDistillation(GRID, 9, HEUN, 0.8), 500, 4e-3, (0.12, 0.08, 0.08)),
-    "CT": (ConsistencyTraining(GRID, 4, 40, 0.9), 1000, 4e-3, (0.33, 0.19, 0.14)),
-    "iCT": (ImprovedConsistencyTraining(GRID, 4, 40), 1000, 4e-3, (0.25, 0.2, 0.15)),
-    "ECT": (EasyConsistencyTraining(stages=5), 600, 2e-3, (0.25, 0.2, 0.15)),
+    "CD": (ConsistencyDistillation(GRID, 9, HEUN, 0.8), 400, 4e-3, (0.12, 0.08, 0.08)),
+    "CT": (ConsistencyTraining(GRID, 4, 40, 0.9), 1000, 4e-3, (0.33, 0.2, 0.14)),
+    "iCT": (ImprovedConsistencyTraining(GRID, 4, 40), 700, 4e-3, (0.25, 0.2, 0.15)),
+    "ECT": (EasyConsistencyTraining(stages=5), 400, 2e-3, (0.25, 0.2, 0.15)),
     "ECT of x0": (EasyConsistencyTraining(LogNormal(0.0, 1.6), 4.0, 3, c=0.1), 400, 1e-3, (0.25, 0.2, 0.15)),
-    "sCD": (ContinuousConsistency(sigma_data=1.0, warmup=250, adaptive=False), 450, 2e-3, (0.25, 0.12, 0.1)),
-    "sCT": (ContinuousConsistency(sigma_data=1.0, warmup=250, adaptive=False), 450, 2e-3, (0.3, 0.18, 0.14)),
+    "sCD": (ContinuousConsistency(sigma_data=1.0, warmup=150, adaptive=False), 300, 2e-3, (0.25, 0.12, 0.1)),
+    "sCT": (ContinuousConsistency(sigma_data=1.0, warmup=150, adaptive=False), 300, 2e-3, (0.3, 0.18, 0.14)),
 }
 
 
