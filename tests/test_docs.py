@@ -71,7 +71,7 @@ def fault(line: str) -> str | None:
         return None  # --help
     except Exception as error:
         return str(error)
-    return wrong(given["source"], given["overrides"]) if "overrides" in given else None
+    return wrong(given.get("source") or given["method"], given["overrides"]) if "overrides" in given else None
 
 
 def wrong(source: str, overrides: list[str] | None) -> str | None:
