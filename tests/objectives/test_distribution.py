@@ -253,7 +253,7 @@ def test_what_moves_the_student_leaves_the_critic_alone_and_the_other_way_round(
     assert all(moved(lesson.student)) and not any(moved(lesson.critic))
     lesson = small_lesson(HEADED)
     assert isinstance(lesson.critic, FakeScore)
-    HEADED._learning(lesson, lesson.critic, drawn.detach(), torch.zeros(8, 2), rng(), {})[0].backward()
+    HEADED._learning(lesson.taught, lesson.critic, drawn.detach(), torch.zeros(8, 2), rng(), {})[0].backward()
     assert not any(moved(lesson.student)) and all(moved(lesson.critic))
 
 

@@ -74,7 +74,7 @@ class Adversarial:
         `distillation` is 0; its gradient is that of everything. In the warm-up it is the square error.
         """
         if lesson.step is not None and lesson.step < self.warmup:
-            return regression(lesson, x0, cond, rng, self.at, self.flow)
+            return regression(lesson, x0, cond, rng, self.at, self.flow).loss
         t, drawn = self.answers(lesson.student, x0, cond, rng)
         apart = (drawn - x0).square().flatten(1).mean(1)
         if self.distillation:

@@ -33,8 +33,8 @@ from sfumato.objectives.critics import (
     valued,
 )
 from sfumato.objectives.denoising import Denoising, Loss
-from sfumato.objectives.endpoints import begun_with, regression
-from sfumato.objectives.teaching import Lesson
+from sfumato.objectives.endpoints import begun_with, regression, teacher_of
+from sfumato.objectives.teaching import Lesson, Teacher
 from sfumato.objectives.weights import Flat, Weight
 from sfumato.paths import Path, along, noised
 from sfumato.predictions import Prediction
@@ -82,7 +82,7 @@ class DistributionMatching:
     times: where teacher and fake score are compared. fake_times, weight, space: how the fake score learns, as of
     `Denoising`. heads: of a discriminator on the fake score's features, or None; adversarial and contest: how much it
     counts for the student, and for the fake score's network. warmup: steps before all this, in which the student
-    learns where the teacher's flow ends, from each of its times; flow: the teacher's steps between two of them.
+    learns where the teacher's flow ends, see `endpoints`; flow: the teacher's steps between two of the times.
     """
 
     at: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
@@ -119,7 +119,7 @@ class DistributionMatching:
         critic, step = lesson.critic, lesson.step
         assert isinstance(critic, FakeScore)
         if step is not None and step < self.warmup:
-            return regression(lesson, x0, cond, rng, self.at, self.flow)
+            return self._begun(lesson, critic, x0, cond, rng)
         moves = step is not None and (step - self.warmup) % self.every == 0
         with torch.set_grad_enabled(moves):
             drawn = self.generated(lesson.student, x0, cond, rng)
@@ -128,8 +128,16 @@ class DistributionMatching:
             t, gradient, _, each = self._compared(lesson, critic, drawn, rng)
             return Loss(each.mean(), each, t, {"distance": each.mean(), "gradient": _size(gradient)})
         minimised = self._towards(lesson, critic, drawn, rng, parts) if moves else x0.new_zeros(())
-        learned, said = self._learning(lesson, critic, drawn.detach(), x0, rng, parts)
+        learned, said = self._learning(lesson.taught, critic, drawn.detach(), x0, rng, parts)
         return Loss(valued(said.value, minimised + learned), said.each, said.t, detached(parts))
+
+    def _begun(self, lesson: Lesson, critic: FakeScore, x0: Tensor, cond: Cond | None, rng: Generator | None) -> Loss:
+        """A step of the warm-up, in which the fake score learns already what the student answers."""
+        shown, drawn, rows = regression(lesson, x0, cond, rng, self.at, self.flow)
+        parts = dict(shown.parts)
+        teacher = teacher_of(lesson.taught, rows)
+        learned, _ = self._learning(teacher, critic, drawn.detach(), x0[rows.to(x0.device)], rng, parts)
+        return shown._replace(value=valued(shown.value, shown.value + learned), parts=detached(parts))
 
     def generated(self, student: Denoiser, x0: Tensor, cond: Cond | None, rng: Generator | None) -> Tensor:
         """What the student draws at one of its steps, as evenly drawn as the batch allows: like x0 (B, ...).
@@ -191,7 +199,7 @@ class DistributionMatching:
 
     def _learning(
         self,
-        lesson: Lesson,
+        teacher: Teacher,
         critic: FakeScore,
         drawn: Tensor,
         x0: Tensor,
@@ -199,7 +207,7 @@ class DistributionMatching:
         parts: dict[str, Tensor],
     ) -> tuple[Tensor, Loss]:
         """What moves the fake score and its heads, and its denoising alone."""
-        denoiser, cond = critic.denoiser, lesson.taught.cond
+        denoiser, cond = critic.denoiser, teacher.cond
         with critic.listening() as heard:
             said = Denoising(self.fake_times, self.weight, self.space)(denoiser, drawn, cond, rng)
         parts["fake"] = said.value

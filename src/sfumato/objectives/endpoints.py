@@ -9,14 +9,14 @@ all states on a walk that the student will meet are learned from at once.
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
 from sfumato.denoiser import Cond
-from sfumato.objectives.critics import ended, rows_of
+from sfumato.objectives.critics import ended, rows_of, wide
 from sfumato.objectives.denoising import Loss
 from sfumato.objectives.teaching import Lesson, Teacher
 from sfumato.paths import Path
@@ -24,21 +24,34 @@ from sfumato.samplers.dpm_solver import dpmpp_2m
 from sfumato.samplers.drive import sample
 
 
+class Shown(NamedTuple):
+    """loss: the student's square error. drawn: its answers (N, ...), rows: of the batch, (N,), for which they are."""
+
+    loss: Loss
+    drawn: Tensor
+    rows: Tensor
+
+
 def regression(
     lesson: Lesson, x0: Tensor, cond: Cond | None, rng: Generator | None, at: Sequence[float], flow: int
-) -> Loss:
-    """The student's square error, at each of its times, against where the teacher's flow through there ends."""
-    rows, many = torch.arange(math.ceil(len(x0) / len(at))), len(at)
-    whole, student = lesson.taught, lesson.student
-    null = partial(_rows_of_none, whole, rows)
-    teacher = replace(whole, cond=rows_of(whole.cond, rows), null=null)
-    eps = torch.randn(x0[: len(rows)].shape, generator=rng, dtype=x0.dtype).to(x0.device)
-    begun, end = walked(teacher, eps, at, flow)
-    t = x0.new_tensor(at, dtype=torch.promote_types(x0.dtype, torch.float32)).repeat_interleave(len(rows))
-    told = {name: torch.cat([value] * many) for name, value in rows_of(cond, rows).items()}
-    said = ended(student, torch.cat(begun), t, told)
-    each = (said - torch.cat([end] * many)).square().flatten(1).mean(1)
-    return Loss(each.mean(), each.detach(), t, {"regression": each.mean().detach()})
+) -> Shown:
+    """The student's square error, at each of its times, against where the teacher's flow through there ends.
+
+    A share of the batch is walked for, such that there are as many states as the batch is large. flow: the teacher's
+    steps between two of the times.
+    """
+    few, many, student = torch.arange(math.ceil(len(x0) / len(at))), len(at), lesson.student
+    eps = torch.randn(x0[: len(few)].shape, generator=rng, dtype=x0.dtype).to(x0.device)
+    begun, end = walked(teacher_of(lesson.taught, few), eps, at, flow)
+    t, rows = wide(x0.new_tensor(at)).repeat_interleave(len(few)), few.repeat(many)
+    drawn = ended(student, torch.cat(begun), t, rows_of(cond, rows))
+    each = (drawn - torch.cat([end] * many)).square().flatten(1).mean(1)
+    return Shown(Loss(each.mean(), each.detach(), t, {"regression": each.mean().detach()}), drawn, rows)
+
+
+def teacher_of(teacher: Teacher, rows: Tensor) -> Teacher:
+    """A teacher with the conditions of some samples of its batch, (N,) on the CPU."""
+    return replace(teacher, cond=rows_of(teacher.cond, rows), null=lambda: rows_of(teacher.null(), rows))
 
 
 def walked(teacher: Teacher, eps: Tensor, at: Sequence[float], flow: int) -> tuple[list[Tensor], Tensor]:
@@ -55,7 +68,3 @@ def begun_with(path: Path, eps: Tensor, t: float) -> Tensor:
     """Noise as sampling begins with at a time: of the spread that x_t has for data of unit variance."""
     first = torch.tensor(t, dtype=torch.float64)
     return eps * math.hypot(float(path.alpha(first)), float(path.sigma(first)))
-
-
-def _rows_of_none(teacher: Teacher, rows: Tensor) -> Cond:
-    return rows_of(teacher.null(), rows)
