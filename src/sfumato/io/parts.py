@@ -361,10 +361,22 @@ def join_text(
 
 def text_of(conditioner: Conditioner | None) -> Text | None:
     """The text encoder of a model that is told a prompt, alone or joined with pictures."""
+    found = _beside_pictures(conditioner)
+    return found if isinstance(found, Text) else None
+
+
+def texts_of(conditioner: Conditioner | None) -> Texts | None:
+    """The text encoders of a model that has several, alone or joined with pictures."""
+    found = _beside_pictures(conditioner)
+    return found if isinstance(found, Texts) else None
+
+
+def _beside_pictures(conditioner: object) -> object:
+    """A conditioner, or the first of two of which the other gives pictures."""
     if isinstance(conditioner, Joined) and len(conditioner.parts) == 2:
         first, other = conditioner.parts
-        return first if isinstance(first, Text) and isinstance(other, (Inpainting, Hint)) else None
-    return conditioner if isinstance(conditioner, Text) else None
+        return first if isinstance(other, (Inpainting, Hint)) else None
+    return conditioner
 
 
 def tokenizer_length(folder: Path, part: str = "tokenizer") -> int:

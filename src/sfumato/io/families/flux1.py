@@ -16,7 +16,8 @@ from torch import Tensor
 from sfumato.codecs import Latents
 from sfumato.errors import CheckpointError, ConfigError
 from sfumato.io import parts as shared
-from sfumato.io.families import flux
+from sfumato.io.families import controlnet, flux
+from sfumato.io.families.transformer_controls import FLUX as FLUX_CONTROL
 from sfumato.io.family import Published
 from sfumato.io.keymap import DIFFUSERS, ORIGINAL, OURS, renamed
 from sfumato.io.pretrained import read_json, read_state
@@ -24,12 +25,12 @@ from sfumato.model import Model
 from sfumato.names import sampler_named
 from sfumato.nets.flux import Flux, FluxConfig
 from sfumato.paths import Linear
-from sfumato.text import Texts
 
 SHAPE = ("patch", "dim", "double", "single", "heads", "mlp_ratio", "axes", "in_channels", "out_channels", "guidance")
 SIDE = 128  # of the latents that it was made for
 ENCODERS = ("text_encoder", "text_encoder_2")
 SCHNELL = 256  # pieces of words that schnell was trained with; dev reads as many as its tokenizer says
+CONTROLLED = "FluxControlNetPipeline"
 MARK = "double_blocks.0.img_attn.qkv.weight"
 SAMPLING: dict[bool, dict[str, Any]] = {  # by whether the guidance is told
     True: {"steps": 28, "guidance": {"kind": "distilled", "scale": 3.5}},
@@ -44,7 +45,7 @@ GRIDS: dict[bool, dict[str, Any]] = {  # of original files, which come without a
 class Flux1:
     """The family. See `sfumato.io.family.Family`."""
 
-    pipelines = ("FluxPipeline", "FluxImg2ImgPipeline")
+    pipelines = ("FluxPipeline", "FluxImg2ImgPipeline", CONTROLLED)
 
     def read_folder(self, folder: Path, index: Mapping[str, Any]) -> Published:
         place = folder / "transformer"
@@ -54,22 +55,28 @@ class Flux1:
         shape = flux.config_of(state, DIFFUSERS, str(place), size=SIDE, axes=(first, rows, columns))
         net = state_of(state, shape, DIFFUSERS, str(place))
         recommended = scheduled(read_json(folder / "scheduler" / "scheduler_config.json"), shape.guidance)
-        return _published(folder, shape, net, recommended, shared.facts_of(folder, index))
+        found = _published(folder, shape, net, recommended, shared.facts_of(folder, index))
+        return controlnet.beside(found, folder, index, shape) if controlnet.PART in index else found
 
     def owns(self, model: Model) -> bool:
+        text = shared.texts_of(model.conditioner)
         return (
-            isinstance(model.net, Flux)
+            isinstance(controlnet.parted(model.net)[0], Flux)
             and isinstance(model.codec, Latents)
-            and isinstance(model.conditioner, Texts)
-            and model.conditioner.join == "apart"
+            and text is not None
+            and text.join == "apart"
             and isinstance(model.denoiser.path, Linear)
         )
 
     def write_folder(self, place: Path, model: Model, dtype: torch.dtype) -> None:
-        net, codec, texts = model.net, model.codec, model.conditioner
-        assert isinstance(net, Flux) and isinstance(codec, Latents) and isinstance(texts, Texts)
-        _checked(model, "diffusers")
-        shared.write_index(place, self.pipelines[0], INDEX, model)
+        (net, control), codec, texts = controlnet.parted(model.net), model.codec, shared.texts_of(model.conditioner)
+        assert isinstance(net, Flux) and isinstance(codec, Latents) and texts is not None
+        _checked(model, net, "diffusers")
+        kind, parts = self.pipelines[0], dict(INDEX)
+        if control is not None:
+            kind, parts[controlnet.PART] = CONTROLLED, ["diffusers", FLUX_CONTROL]
+            controlnet.write_control(place / controlnet.PART, control, dtype)
+        shared.write_index(place, kind, parts, model)
         shared.write_flow(place, model)
         shared.write_json(place / "transformer" / "config.json", described(net.config))
         state = renamed(net.state_dict(), flux.lines(net.config), OURS, DIFFUSERS, str(place))
@@ -92,9 +99,9 @@ class Flux1:
         return _published(parts, shape, net, recommended, {"from": file.name})
 
     def write_file(self, model: Model) -> dict[str, Tensor]:
-        net = model.net
+        net, _ = controlnet.parted(model.net)
         assert isinstance(net, Flux)
-        _checked(model, "single-file")
+        _checked(model, net, "single-file")
         return renamed(net.state_dict(), flux.lines(net.config), OURS, ORIGINAL, "--to single-file")
 
 
@@ -189,10 +196,9 @@ def described(config: FluxConfig) -> dict[str, Any]:
     }
 
 
-def _checked(model: Model, layout: str) -> None:
+def _checked(model: Model, net: Flux, layout: str) -> None:
     """ConfigError for what the published layouts have no place for."""
-    net, section = model.net, model.spec["model"]
-    assert isinstance(net, Flux)
+    section = model.spec["model"]
     wanted = {"patch": flux.PATCH, "mlp_ratio": 4.0, "theta": 10_000.0, "classes": 0}
     odd = {name: getattr(net.config, name) for name, usual in wanted.items() if getattr(net.config, name) != usual}
     for name in ("prediction", "time_input", "scale_input"):
