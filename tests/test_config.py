@@ -297,6 +297,7 @@ def test_every_slot_takes_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     }
     of_autoencoders = {"objective.distance", "objective.discriminator"}  # see tests/train/test_train_autoencoder.py
     of_students = {"teacher_guidance", "objective.grid", "objective.solver", "objective.fake_times", "objective.heads"}
+    of_students |= {"objective.scored"}
     of_students |= {"pairs.sampler", "pairs.grid"}  # see tests/train/test_train_pairs.py
     assert set(own) == set(SLOTS) - of_autoencoders - of_students - {"sampling.guidance"}
     rest = [

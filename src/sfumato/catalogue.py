@@ -116,6 +116,9 @@ OBJECTIVES = {
     "progressive": "sfumato.objectives.progressive:Progressive",
     "consistency_distillation": "sfumato.objectives.consistency:ConsistencyDistillation",
     "consistency_training": "sfumato.objectives.consistency:ConsistencyTraining",
+    "improved_consistency_training": "sfumato.objectives.improved_consistency:ImprovedConsistencyTraining",
+    "easy_consistency_training": "sfumato.objectives.improved_consistency:EasyConsistencyTraining",
+    "continuous_consistency": "sfumato.objectives.continuous_consistency:ContinuousConsistency",
     "distribution_matching": "sfumato.objectives.distribution:DistributionMatching",
     "meanflow": "sfumato.objectives.meanflow:MeanFlow",
     "improved_meanflow": "sfumato.objectives.meanflow:ImprovedMeanFlow",
@@ -135,6 +138,19 @@ METHODS = {
     ),
     "consistency_training": Method(
         "where the flow ends, from data alone (CT)", teacher="none", answers=("endpoint",), slow=True
+    ),
+    "improved_consistency_training": Method(
+        "where the flow ends, from data alone, without a slow copy (iCT)", teacher="none", answers=("endpoint",)
+    ),
+    "easy_consistency_training": Method(
+        "where the flow ends, from data, going on from a diffusion model (ECT)", teacher="none", answers=("endpoint",)
+    ),
+    "continuous_consistency": Method(
+        "where the flow ends, in continuous time, of a teacher or of data alone (sCD, sCT)",
+        teacher="optional",
+        answers=("endpoint",),
+        critic=True,
+        derivative=True,
     ),
     "distribution_matching": Method(
         "the teacher's guided distribution in a few steps, by a score of the student's own (DMD2)",
@@ -240,7 +256,7 @@ NETS = {
     "stable_unet": "sfumato.nets.stable_unet:StableUNet",
     "pixel_unet": "sfumato.nets.pixel_unet:PixelUNet",
     "flux": "sfumato.nets.flux:Flux",
-    "controlled": "sfumato.nets.controlnet:controlled()",
+    "controlled": "sfumato.nets.controlled:controlled()",
 }
 CODECS = {
     "pixels": "sfumato.codecs:Pixels",

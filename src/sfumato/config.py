@@ -162,13 +162,15 @@ class ControlSection(Section):
     """Train a ControlNet of the model that `start` names, and leave the model as it is.
 
     field: of the data, the picture that it reads. weights: a control to begin with, in place of a copy of the model's
-    own U-Net. hint: widths of the convolutions that read the picture, each after the first halves it; those of the
-    published controls, as many as the model's codec asks for, unless said.
+    own network. hint: of a U-Net's control, widths of the convolutions that read the picture, each after the first
+    halves it; those of the published controls, as many as the model's codec asks for, unless said. blocks: of a
+    transformer's, how many of its blocks are copied: [12] of an MMDiT, double and single ones [4, 10] of FLUX.
     """
 
     field: str = "control"
     weights: str | None = None
     hint: Annotated[list[Positive], Field(min_length=1)] | None = None
+    blocks: Annotated[list[Natural], Field(min_length=1, max_length=2)] | None = None
 
 
 class PairsSection(Section):

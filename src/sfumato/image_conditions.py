@@ -13,13 +13,13 @@ import torch
 from PIL import Image as Pillow
 from torch import Generator, Tensor, nn
 
-from sfumato.codecs import Codec
+from sfumato.codecs import Codec, Latents
 from sfumato.conditioners import Conditioner, Raw
 from sfumato.data.given import given
 from sfumato.data.picture import Image
 from sfumato.denoiser import CONCAT, Cond
 from sfumato.errors import ConfigError, DataError
-from sfumato.nets.controlnet import HINT, SCALE
+from sfumato.nets.controlled import HINT, SCALE
 from sfumato.prompts import EncoderBlock
 
 Size = tuple[int, int]
@@ -74,13 +74,13 @@ class OfPictures(Conditioner):
         pixels = torch.from_numpy(np.stack(images)).to(self.here.device)
         return pixels.permute(0, 3, 1, 2).float().div(255).contiguous()
 
-    def encoded(self, pixels: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] as the network sees them; nothing of it is learned."""
+    def encoded(self, pixels: Tensor, shifted: bool = True) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] as the network sees them; nothing of it is learned. See `encoded`."""
         place = pixels.device
         if isinstance(self.codec, nn.Module):  # which may lie elsewhere
             place = next((p.device for p in self.codec.parameters()), place)
         with torch.no_grad(), torch.autocast(place.type, enabled=False):
-            return self.codec.encode(pixels.to(place)).to(pixels.device)
+            return encoded(pixels.to(place), self.codec, shifted=shifted).to(pixels.device)
 
     def read(self, raw: Sequence[Raw], field: str) -> list[Image | None]:
         """A field's pictures: arrays are taken as they are, all else is read at the model's size."""
@@ -262,15 +262,19 @@ class ImageTokens(OfPictures):
 
 
 class Hint(OfPictures):
-    """The picture that a network's own ControlNet reads. Cond: hint (B, 3, H, W) in [0, 1], and hint_scale (B,) where
-    some have none.
+    """The picture that a network's own ControlNet reads. Cond: hint (B, 3, H, W) in [0, 1], or encoded (B, C, h, w);
+    and hint_scale (B,) where some have none.
 
-    It stays where guidance compares with no condition, as published controls are used.
+    through: "pixels" for controls of U-Nets; "codec" for those of transformers, "unshifted" for such as have latents
+    without the codec's shift. It stays where guidance compares with no condition, as published controls are used.
     """
 
-    def __init__(self, *, field: str = "control") -> None:
+    def __init__(self, *, field: str = "control", through: Literal["pixels", "codec", "unshifted"] = "pixels") -> None:
         super().__init__(field, kept=True)
-        self.field = field
+        if through not in ("pixels", "codec", "unshifted"):
+            where = "model.conditioner.through"
+            raise ConfigError("a picture comes in no such way", where=where, seen=through, fix="pixels")
+        self.field, self.through = field, through
 
     def forward(self, raw: Sequence[Raw]) -> Cond:
         found = self.read(raw, self.field)
@@ -279,9 +283,16 @@ class Hint(OfPictures):
             return {}
         blank = np.zeros_like(there[0])
         pixels = self.stacked([blank if image is None else image for image in found], self.field)
+        hint = pixels if self.through == "pixels" else self.encoded(2 * pixels - 1, self.through == "codec")
         if len(there) == len(raw):
-            return {HINT: pixels}
-        return {HINT: pixels, SCALE: torch.tensor([float(image is not None) for image in found]).to(pixels.device)}
+            return {HINT: hint}
+        return {HINT: hint, SCALE: torch.tensor([float(image is not None) for image in found]).to(pixels.device)}
+
+
+def encoded(pixels: Tensor, codec: Codec, *, shifted: bool = True) -> Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1] encoded; without the codec's shift unless `shifted`, if it has one."""
+    z = codec.encode(pixels)
+    return z if shifted or not isinstance(codec, Latents) else z + codec.shift * codec.scale
 
 
 def shrunk(image: Image, size: Size) -> Image:

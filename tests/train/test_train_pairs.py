@@ -188,6 +188,21 @@ def test_what_was_rectified_teaches_again(tmp_path: Path, reflow: Small) -> None
     assert load(tmp_path / "second", "cpu").sample("a red circle", steps=1).images.shape == (1, 32, 32, 3)
 
 
+@pytest.mark.parametrize(
+    "model", ["model.path=variance_preserving model.prediction=v", "model.path=variance_exploding model.prediction=edm"]
+)
+def test_a_teacher_on_another_path(tmp_path: Path, small: Small, reflow: Small, model: str) -> None:
+    """Its student stays on that path, and learns straight lines there."""
+    train(small("steps=2", *model.split()), run=tmp_path / "other")
+    train(reflow(f"teacher={tmp_path / 'other'}"), run=tmp_path / "run")
+    rows = [row["velocity"] for row in rows_of(tmp_path / "run") if "velocity" in row]
+    assert len(rows) == 4 and all(0 < row < 1 for row in rows)
+    student, other = (load(tmp_path / name, "cpu") for name in ("run", "other"))
+    assert student.model.denoiser.path == other.model.denoiser.path
+    drawn = student.sample("a red circle", steps=2)
+    assert drawn.images.shape == (1, 32, 32, 3)
+
+
 def test_what_is_no_flow(tmp_path: Path, reflow: Small, small: Small) -> None:
     with pytest.raises(ConfigError, match="draws noise"):
         train(reflow("pairs.sampler=euler_ancestral"), run=tmp_path / "run")
