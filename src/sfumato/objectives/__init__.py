@@ -10,4 +10,16 @@ from sfumato.objectives.denoising import Denoising, Loss, Objective
 from sfumato.objectives.distribution import DistributionMatching
 from sfumato.objectives.improved_consistency import EasyConsistencyTraining, ImprovedConsistencyTraining
 
-__all__ = ["Adversarial", "Autoencoding", "ConsistencyDistillation", "ConsistencyTraining", "ContinuousConsistency", "Denoising", "DistributionMatching", "EasyConsistencyTraining", "ImprovedConsistencyTraining", "Loss", "Objective"]
+__all__ = [
+    "Adversarial",
+    "Autoencoding",
+    "ConsistencyDistillation",
+    "ConsistencyTraining",
+    "ContinuousConsistency",
+    "Denoising",
+    "DistributionMatching",
+    "EasyConsistencyTraining",
+    "ImprovedConsistencyTraining",
+    "Loss",
+    "Objective",
+]
