@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from sfumato.pipeline import Pipeline as Pipeline
     from sfumato.pipeline import Samples as Samples
     from sfumato.pipeline import load as load
+    from sfumato.stream import Stream as Stream
     from sfumato.train import train as train
 
 _HOMES = {
     "Pipeline": "sfumato.pipeline",
     "Samples": "sfumato.pipeline",
+    "Stream": "sfumato.stream",
     "load": "sfumato.pipeline",
     "load_config": "sfumato.overlay",
 }

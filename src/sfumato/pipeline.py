@@ -25,7 +25,7 @@ from sfumato.data.given import recorded
 from sfumato.data.picture import Image
 from sfumato.denoiser import Cond, Denoiser
 from sfumato.errors import ConfigError, DataError, MemoryShortage, nearest
-from sfumato.guidance import Guidance, guided
+from sfumato.guidance import Guidance, guided, started
 from sfumato.hub import located
 from sfumato.image_conditions import Inpainting
 from sfumato.io.directory import load_model
@@ -44,7 +44,7 @@ from sfumato.orders import Order, Prompt, raw_of, raws_of, seeds_of, size_of, te
 from sfumato.paths import noised
 from sfumato.reader import ENCODED, Reader, home
 from sfumato.reader import said as spoken
-from sfumato.samplers import SeededNoise, Step, sample
+from sfumato.samplers import Job, SeededNoise, Step, Together, sample
 from sfumato.samples import Samples
 from sfumato.settings import Interval, Settings, fitted_grid, fitted_guidance, is_whole
 from sfumato.starts import begin, known_where, one_each
@@ -178,7 +178,7 @@ class Pipeline:
             "interval": interval,
             "rescale": rescale,
         }
-        order = self._order(prompts, seeds, size, negative, changes)
+        order = self.order(prompts, seeds, size, negative, changes)
         order = self._begun(order, image, mask, strength)
         order = replace(order, controls=controls_of(control, len(order.raw), order.size))
         if not (is_whole(batch) and batch >= 1):
@@ -205,7 +205,7 @@ class Pipeline:
 
         settings: as of `sample`. Each `Step` has the time, the state and the current guess of the result, encoded.
         """
-        order = self._order(prompts, seeds, size, negative, settings)
+        order = self.order(prompts, seeds, size, negative, settings)
         return self._walk(order, self._times(order))
 
     def encode(self, prompts: Prompt | Sequence[Prompt], *, size: int | tuple[int, int] | None = None) -> list[Raw]:
@@ -259,29 +259,14 @@ class Pipeline:
 
     def _walk(self, order: Order, times: Tensor) -> Iterator[Step]:
         """The sampling of one batch."""
-        shape = self.model.codec.shape(*order.size)
         noise, path = SeededNoise.of(order.seeds), self.model.denoiser.path
-        read, raw, size = self.reader, order.raw, order.size
-        with read.working():
-            guide = order.settings.guide(
-                read.cond(raw, size),
-                lambda: read.instead(raw, order.negative or {}, size),
-                lambda prompt: read.instead(raw, raw_of(prompt, self.reader), size),
-            )
-        forward = self._forward
+        forward, guide = self._forward, self.guide(order)
         if order.controls:
             forward, guide = self._steered(order.controls, guide)
-        x, denoise = (
-            noise(torch.empty(len(order.raw), *shape, device=self.device)),
-            guided(forward, path, guide, times, self._variant, self.model.answers),
-        )
-        if order.begin is None or order.begin.from_noise:
-            x = x * _spread(path, times[0])
-        else:
-            with torch.inference_mode():
-                known = order.begin.encoded(self.model.codec, self.device)
-                x = noised(path, known, x, times[0].to("cpu", torch.float64)).to(x)
-                free = order.begin.free(known)
+        denoise = guided(forward, path, guide, times, self._variant, self.model.answers)
+        x, known = self._start(order, times, noise)
+        if known is not None and order.begin is not None:
+            free = order.begin.free(known)
             denoise = denoise if free is None else known_where(denoise, known, free)
         running = build(order.settings.sampler, "Sampler")(path, x, times)
         walk = sample(running, denoise, noise)
@@ -291,6 +276,40 @@ class Pipeline:
             if step is None:
                 return
             yield step
+
+    def guide(self, order: Order) -> Guidance:
+        """The guidance of an order, with its prompts read."""
+        read, raw, size = self.reader, order.raw, order.size
+        with read.working():
+            return order.settings.guide(
+                read.cond(raw, size),
+                lambda: read.instead(raw, order.negative or {}, size),
+                lambda prompt: read.instead(raw, raw_of(prompt, self.reader), size),
+            )
+
+    def job(self, order: Order, guide: Guidance) -> Job:
+        """The sampling of an order among others, see `together`.
+
+        guide: of `guide`, which is worth keeping where many orders have the same prompts. Its pictures are not masked.
+        """
+        times, noise, path = self._times(order), SeededNoise.of(order.seeds), self.model.denoiser.path
+        x, _ = self._start(order, times, noise)
+        running = build(order.settings.sampler, "Sampler")(path, x, times)
+        return Job(running, path, started(guide, times), noise)
+
+    def together(self) -> Together:
+        """Where jobs of this pipeline run, answered by its network in its precision."""
+        return Together(self._forward, self._variant, self.model.answers)
+
+    def _start(self, order: Order, times: Tensor, noise: SeededNoise) -> tuple[Tensor, Tensor | None]:
+        """The state that sampling starts from, and the encoded pictures where it starts from such."""
+        x = noise(torch.empty(len(order.raw), *self.model.codec.shape(*order.size), device=self.device))
+        path = self.model.denoiser.path
+        if order.begin is None or order.begin.from_noise:
+            return x * _spread(path, times[0]), None
+        with torch.inference_mode():
+            known = order.begin.encoded(self.model.codec, self.device)
+            return noised(path, known, x, times[0].to("cpu", torch.float64)).to(x), known
 
     def _steered(self, controls: Sequence[Control], guide: Guidance) -> tuple[Callable[..., Tensor], Guidance]:
         """The forward of the network under controls, and the guidance that tells it their pictures."""
@@ -361,7 +380,7 @@ class Pipeline:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, DTYPES[self.precision])
 
-    def _order(
+    def order(
         self,
         prompts: Prompt | Sequence[Prompt],
         seeds: int | Sequence[int] | None,

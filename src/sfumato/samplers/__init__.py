@@ -7,6 +7,19 @@ and no random state, and it never enters `no_grad`: all that belongs to whoever 
 """
 
 from sfumato.samplers.core import Ask, Draw, Noise, SamplerFn, SeededNoise, Step, Table
-from sfumato.samplers.drive import Job, drive, drive_many, sample
+from sfumato.samplers.drive import Job, Together, drive, drive_many, sample
 
-__all__ = ["Ask", "Draw", "Job", "Noise", "SamplerFn", "SeededNoise", "Step", "Table", "drive", "drive_many", "sample"]
+__all__ = [
+    "Ask",
+    "Draw",
+    "Job",
+    "Noise",
+    "SamplerFn",
+    "SeededNoise",
+    "Step",
+    "Table",
+    "Together",
+    "drive",
+    "drive_many",
+    "sample",
+]

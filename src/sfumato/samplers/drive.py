@@ -1,7 +1,7 @@
 """Driving samplers: one over a denoiser, step by step; or many at once with one batched forward a round."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,33 +70,66 @@ def drive_many(jobs: Sequence[Job], forward: Forward, variants: Variants | None 
     `answers` and take `to` and `until` (R,). variants: as of `guided`. Returns the jobs' results in order, equal to
     their solo runs.
     """
-    results: dict[int, Tensor] = {}
-    asks: dict[int, Ask] = {}
-    guidances = [started(job.guidance) for job in jobs]
-    for i, job in enumerate(jobs):
-        _advance(i, job, None, asks, results)
-    while asks:
-        wanted = {i: guidances[i].branches(jobs[i].path, ask.t) for i, ask in asks.items()}
-        answers = _answers(asks, wanted, forward, variants)
-        for i, ask in list(asks.items()):
-            answer = combined(guidances[i], jobs[i].path, ask.x, ask.t, answers[i])
-            _advance(i, jobs[i], answer, asks, results)
+    together, results = Together(forward, variants), dict[int, Tensor]()
+    for job in jobs:
+        together.add(job)
+    while len(results) < len(jobs):
+        results |= together.round()
     return [results[i] for i in range(len(jobs))]
 
 
-def _advance(i: int, job: Job, answer: Tensor | None, asks: dict[int, Ask], results: dict[int, Tensor]) -> None:
-    """Send an answer to job i, draw what it wants drawn, and note its next question, or its result."""
-    while True:
-        try:
-            asked = next(job.running) if answer is None else job.running.send(answer)
-        except StopIteration as end:
-            asks.pop(i, None)
-            results[i] = end.value
-            return
-        if isinstance(asked, Ask):
-            asks[i] = asked
-            return
-        answer = drawn_from(asked, job.noise)
+class Together:
+    """Samplers that run together, one forward a round; others may join between two rounds. See `drive_many`.
+
+    answers: what the forward can be asked for, where it does not say so itself.
+    """
+
+    def __init__(
+        self, forward: Forward, variants: Variants | None = None, answers: tuple[str, ...] | None = None
+    ) -> None:
+        self._forward, self._variants, self._known = forward, variants, answers
+        self._jobs: dict[int, Job] = {}
+        self._asks: dict[int, Ask] = {}
+        self._ended: dict[int, Tensor] = {}
+        self._added = 0
+
+    def __len__(self) -> int:
+        """How many are not at their end."""
+        return len(self._jobs)
+
+    def add(self, job: Job) -> int:
+        """Begins a job, in the next round; its number, from 0."""
+        number, self._added = self._added, self._added + 1
+        self._jobs[number] = replace(job, guidance=started(job.guidance))
+        self._advance(number, None)
+        return number
+
+    def round(self) -> dict[int, Tensor]:
+        """One forward for whatever is asked, and the results of those that it ended, by number."""
+        if self._asks:
+            wanted = {i: self._jobs[i].guidance.branches(self._jobs[i].path, ask.t) for i, ask in self._asks.items()}
+            answers = _answers(self._asks, wanted, self._forward, self._variants, self._known)
+            for i, ask in list(self._asks.items()):
+                job = self._jobs[i]
+                self._advance(i, combined(job.guidance, job.path, ask.x, ask.t, answers[i]))
+        ended, self._ended = self._ended, {}
+        return ended
+
+    def _advance(self, number: int, answer: Tensor | None) -> None:
+        """Send a job an answer, draw what it wants drawn, and note its next question, or its result."""
+        job = self._jobs[number]
+        while True:
+            try:
+                asked = next(job.running) if answer is None else job.running.send(answer)
+            except StopIteration as end:
+                self._asks.pop(number, None)
+                del self._jobs[number]
+                self._ended[number] = end.value
+                return
+            if isinstance(asked, Ask):
+                self._asks[number] = asked
+                return
+            answer = drawn_from(asked, job.noise)
 
 
 def _answers(
@@ -104,6 +137,7 @@ def _answers(
     wanted: Mapping[int, Sequence[Branch]],
     forward: Forward,
     variants: Variants | None,
+    known: tuple[str, ...] | None,
 ) -> dict[int, list[Tensor]]:
     """The answers to every branch of every question, in order: one batch for each shape of state and condition, each
     variant of the network and each kind of answer.
@@ -121,7 +155,7 @@ def _answers(
         i, k = rows[0]
         model = varied(forward, variants, wanted[i][k].variant)
         cond = joined([wanted[i][k].cond for i, k in rows])
-        asking = _asking(some[0], model)
+        asking = _asking(some[0], model, known)
         if "until" in asking:
             asking["until"] = _row_by_row(x, [(float(ask.until or 0), len(ask.x)) for ask in some])
         said = model(x, _row_by_row(x, [(ask.t, len(ask.x)) for ask in some]), cond, **asking)
@@ -141,9 +175,9 @@ def _x0(ask: Ask, answer: Tensor) -> Tensor:
     return answer[:, : ask.x.shape[1]] if ask.to == VARIANCE else answer
 
 
-def _asking(ask: Ask, model: object) -> dict[str, Any]:
+def _asking(ask: Ask, model: object, known: tuple[str, ...] | None = None) -> dict[str, Any]:
     """How to ask a model: plainly for the first of its answers, by name for another. ConfigError if it has no such."""
-    answers: tuple[str, ...] = getattr(model, "answers", ("x0",))
+    answers: tuple[str, ...] = getattr(model, "answers", ("x0",)) if known is None else known
     if ask.to not in answers:
         what, fix = _NEEDS.get(ask.to, (f"this sampler needs a model that answers {ask.to!r}", None))
         raise ConfigError(what, where="sampler", seen=f"a model that answers {', '.join(answers)}", fix=fix)

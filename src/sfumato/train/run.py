@@ -37,12 +37,13 @@ from sfumato.train.guard import Guard
 from sfumato.train.keys import key
 from sfumato.train.log import Log
 from sfumato.train.optim import build_optimizer, learning_rate
+from sfumato.train.pairs import pairs_for
 from sfumato.train.pixels import pixels
 from sfumato.train.preview import preview, reconstructions, wanted
 from sfumato.train.reparameterise import reparameterise
 from sfumato.train.start import FOLDER, Start, model_of, read_start
 from sfumato.train.step import Outcome, Stepper
-from sfumato.train.teaching import student_of
+from sfumato.train.teaching import Student, student_of
 from sfumato.train.trainable import trainable
 from sfumato.train.validate import Validation
 
@@ -55,13 +56,21 @@ MEASURED = 512  # pictures by which the scale of an autoencoder's latents is mea
 class Run:
     """A run of a configuration in a folder, from its beginning or from its newest whole checkpoint.
 
-    start: the model to begin with, where the configuration names one and the run is new.
+    start: the model to begin with, where the configuration names one and the run is new. stopping: whether to stop,
+    asked while pairs are made.
     step counts the steps, made or skipped, updates those that were made, images the pictures seen. pending: loss,
     gradient norm and what else the objective tells of the steps since the last row of metrics. shown: the conditions
     that are drawn on the way, or of an autoencoder's run the pictures that are reconstructed.
     """
 
-    def __init__(self, config: Config, folder: Path, resume: bool, start: Start | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        resume: bool,
+        start: Start | None = None,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.config, self.folder = config, folder
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -77,6 +86,12 @@ class Run:
         self._check_room()
         self.stepper.cache = cache_for(config, self.model, self.dataset)
         self.log = Log(folder, self.step, config.steps)
+        pairs = None
+        if isinstance(self.model, Student) and config.method is not None and config.method.pairs:
+            pairs, self.dataset = pairs_for(
+                config, self.model.eval(), self.dataset, folder, self.device, self.log.say, stopping
+            )
+            self.model.train()
         self.loader = Loader(
             self.dataset,
             config.batch,
@@ -85,6 +100,7 @@ class Run:
             workers=config.workers,
             holdout=config.validate_.holdout,
             latents=self.stepper.cache.latents if self.stepper.cache else None,
+            pairs=pairs,
         )
         with self._loader_closed_on_error():
             held = self.loader.held_out().tolist()
@@ -179,7 +195,7 @@ class Run:
     def _advance(self) -> None:
         """One step: made, or skipped and counted."""
         batches = [next(self.loader) for _ in range(self.config.accumulate)]
-        outcome = self.stepper.gradients(batches, self.step)
+        outcome = self.stepper.gradients(batches, self.step, self.updates)
         fresh = sum(len(batch.indices) for batch in batches)
         self.step, self.images = self.step + 1, self.images + fresh
         self.log.stepped(self.step, fresh)

@@ -6,15 +6,15 @@ it starts from a model, its network is told what the method needs to tell it by 
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from sfumato.catalogue import KINDS, build
 from sfumato.catalogue import Method as Line
-from sfumato.catalogue import build
 from sfumato.conditioners import Raw, silent
 from sfumato.config import Config
 from sfumato.denoiser import Cond, Denoiser
@@ -26,11 +26,13 @@ from sfumato.io.published import is_published, load_published
 from sfumato.model import Model, build_model
 from sfumato.objectives.teaching import Follows, Judges, Lesson, Method, Teacher
 from sfumato.pipeline import model_folder
+from sfumato.registry import options_of, target_of
 from sfumato.settings import Settings
 from sfumato.train.keys import key
 from sfumato.train.start import Start
 
 SLOW, CRITIC = "slow", "critic"  # the parts beside a student's own
+EMBEDDED = 256  # the width at which published latent consistency models embed the guidance
 
 
 class Student(Model):
@@ -48,13 +50,14 @@ class Student(Model):
         self.follow: Follows | None = None
         self._teacher: tuple[Model, Guidance] | None = None
         self._read: tuple[Sequence[Raw], Cond] | None = None  # the last conditions, where a teacher reads the same
+        self._own = (_told_scales(self.denoiser),)  # in a tuple, it is no part of its own
 
     def learner(self, step: int | None, raw: Sequence[Raw]) -> Lesson:
         kept = () if self.conditioner is None else self.conditioner.kept
         none = [silent(one, kept) for one in raw]
-        return Lesson(
-            self.denoiser, self._bound(raw), self.slow, self.critic, step, self.steps, partial(self._cond, self, none)
-        )
+        slow = None if self.slow is None else _told_scales(self.slow)
+        null = partial(self._cond, self, none)
+        return Lesson(self._own[0], self.bound(raw), slow, self.critic, step, self.steps, null)
 
     @torch.no_grad()
     def learned(self, step: int, steps: int) -> None:
@@ -89,6 +92,11 @@ class Student(Model):
             teacher.conditioner = own
         self._teacher = (teacher, guidance)
 
+    @property
+    def teacher(self) -> tuple[Model, Guidance] | None:
+        """Who teaches it, and how that one is guided."""
+        return self._teacher
+
     def cond(self, raw: Sequence[Raw]) -> Cond:
         if self._read is None or self._read[0] is not raw:
             shared = self._teacher is not None and self._teacher[0].conditioner is self.conditioner
@@ -97,7 +105,8 @@ class Student(Model):
             self._read = (raw, super().cond(raw))
         return self._read[1]
 
-    def _bound(self, raw: Sequence[Raw]) -> Teacher | None:
+    def bound(self, raw: Sequence[Raw]) -> Teacher | None:
+        """The teacher with the conditions of a batch filled in."""
         if self._teacher is None:
             return None
         teacher, guidance = self._teacher
@@ -122,8 +131,7 @@ def as_student(config: Config, begun: Start | None) -> tuple[Config, Start | Non
     if method.told and config.lora is not None:
         seen, what = ", ".join(method.told), "a low-rank change has no layers for a number that is told"
         raise ConfigError(what, where="lora", seen=seen, fix="lora=null, or an objective that tells nothing")
-    told = [*section["net"].get("told", ()), *(one for one in method.told if one not in section["net"].get("told", ()))]
-    net = {**section["net"], "told": told} if told else section["net"]
+    net = _telling(section["net"], method.told)
     changed = type(config.model).model_validate({**section, "net": net, "answers": list(line.answers)})
     config = config.model_copy(update={"model": changed})
     if begun is None:
@@ -131,8 +139,43 @@ def as_student(config: Config, begun: Start | None) -> tuple[Config, Start | Non
     spec = {**begun.spec, "model": changed.model_dump(mode="json")}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(config.seed, "told"))
-        fresh = build_model(spec, files=begun.files).weights() if told else {}
+        fresh = build_model(spec, files=begun.files).weights() if method.told else {}
     return config, Start(spec, {**fresh, **begun.weights}, begun.files, begun.where)
+
+
+def _telling(net: Mapping[str, Any], told: Sequence[str]) -> dict[str, Any]:
+    """The slot of a network that is told these numbers. A U-Net of Stable Diffusion has an embedding of the guidance of
+    its own, which others read too.
+    """
+    target = target_of(str(net["kind"]), KINDS["Net"])
+    embeds = target is not None and "guidance_dim" in (options_of(target) or {})
+    if embeds and "guidance" in told and "guidance" not in net.get("told", ()):
+        net = {**net, "guidance_dim": net.get("guidance_dim") or EMBEDDED}
+        told = [one for one in told if one != "guidance"]
+    all_told = list(dict.fromkeys([*net.get("told", ()), *told]))
+    return {**net, "told": all_told} if all_told else dict(net)
+
+
+class _ByWeight(nn.Module):
+    """A network that is told scales, around one that is told the weight scale - 1, as latent consistency models are."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, t: Tensor, *, guidance: Tensor | None = None, **cond: Tensor) -> Tensor:
+        if guidance is not None:
+            cond["guidance"] = guidance - 1
+        said: Tensor = self.net(x, t, **cond)
+        return said
+
+
+def _told_scales(denoiser: Denoiser) -> Denoiser:
+    """A denoiser whose network is told scales of guidance, whatever it takes for them."""
+    if not getattr(getattr(denoiser.net, "config", None), "guidance_dim", 0):
+        return denoiser
+    parts = (denoiser.path, denoiser.prediction, denoiser.time_input, denoiser.scale_input, denoiser.answers)
+    return Denoiser(_ByWeight(denoiser.net), *parts)
 
 
 def student_of(model: Any, config: Config, objective: Any, device: torch.device) -> Student:
