@@ -45,6 +45,8 @@ def made(kind: str, folder: Path) -> Any:
     options = {
         name: part for name, part in pipe.components.items() if name not in ("image_encoder", "feature_extractor")
     }
+    with torch.no_grad():
+        transformer.x_embedder.weight[:, 4 * LATENT :] *= 10  # so that what is shown is seen
     whole = getattr(diffusers, kind)(**{**options, "transformer": transformer})
     whole.set_progress_bar_config(disable=True)
     whole.save_pretrained(folder / "shown")
@@ -67,8 +69,17 @@ def test_the_same_picture_there_here_and_after_the_way_back(kind: str, tmp_path:
     settings: dict[str, Any] = {"steps": 6, "guidance": 5.0, "seeds": 7, "size": (16, 24)}
     here = pipeline.sample(asked, **settings).images
     assert float((torch.from_numpy(here) / 255 - expected).abs().max()) < 1.01 / 255
-    other = {name: picture(2) if isinstance(one, Pillow.Image) else one for name, one in asked.items()}
-    assert np.abs(pipeline.sample(other, **settings).images.astype(int) - here).max() > 3  # it is looked at
+    plain = pipeline.sample("a red circle", **settings).images
+    assert np.abs(plain.astype(int) - here).max() > 3  # it is looked at
+    raw = {name: np.array(one) if isinstance(one, Pillow.Image) else one for name, one in asked.items()}
+    latents = pipeline.model.conditioner([raw])["concat"]  # type: ignore[misc]
+    shown = torch.from_numpy(np.array(picture(1))).permute(2, 0, 1)[None].float() / 127.5 - 1
+    if kind == "FluxFillPipeline":
+        shown = shown * (torch.from_numpy(np.array(mask())) == 0)
+        assert latents[0, LATENT:].sum() == 8 * 13  # every pixel of the mask
+    with torch.no_grad():
+        wanted = (pipe.vae.encode(shown).latent_dist.mode() - 0.2) * 0.7
+    torch.testing.assert_close(latents[:, :LATENT], wanted, rtol=1e-4, atol=1e-4)
     save_published(tmp_path / "back", pipeline.model)
     again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "back")
     assert type(again).__name__ == kind

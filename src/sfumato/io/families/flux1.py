@@ -147,7 +147,8 @@ def _published(
     text, files = shared.read_text(folder, ENCODERS)
     longest = shared.tokenizer_length(folder, "tokenizer_2")
     clip, t5 = {"length": shared.tokenizer_length(folder)}, longest if shape.guidance else min(longest, SCHNELL)
-    parts = [{"kind": "text", "pooled": True, **clip}, {"kind": "text", "part": ENCODERS[1], "length": t5}]
+    second = {"kind": "text", "part": ENCODERS[1], "length": t5, "apart": "prompt_2"}
+    parts = [{"kind": "text", "pooled": True, **clip}, second]
     conditioner: dict[str, Any] = {"kind": "texts", "join": "apart", "parts": parts}
     if (other := beside[shape.in_channels - latent]) is not None:
         conditioner, text, files = shared.join_text(conditioner, text, files, other)

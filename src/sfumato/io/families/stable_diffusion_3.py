@@ -178,8 +178,9 @@ def _conditioner(folder: Path, encoders: list[str], net: Mapping[str, Any]) -> d
     """The slot: of both CLIPs the states before the last layer, unnormed, and their projected pooled states."""
     length = shared.tokenizer_length(folder)
     clip = {"kind": "text", "length": length, "skip": 1, "normed": False, "pooled": True}
-    parts = [{**clip, "part": part} for part in encoders[:2]]
-    parts += [{"kind": "text", "length": WORDS, "part": part} for part in encoders[2:]]
+    parts: list[dict[str, Any]] = [{**clip, "part": encoders[0]}]
+    parts += [{**clip, "part": part, "apart": "prompt_2"} for part in encoders[1:2]]
+    parts += [{"kind": "text", "length": WORDS, "part": part, "apart": "prompt_3"} for part in encoders[2:]]
     return {"kind": "texts", "join": "sd3", "width": net["context_dim"], "parts": parts}
 
 
