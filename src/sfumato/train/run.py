@@ -9,6 +9,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from sfumato.train.pixels import pixels
 from sfumato.train.preview import preview, reconstructions, wanted
 from sfumato.train.start import FOLDER, Start, model_of, read_start
 from sfumato.train.step import Outcome, Stepper
-from sfumato.train.teaching import student_of
+from sfumato.train.teaching import Student, student_of
 from sfumato.train.trainable import trainable
 from sfumato.train.validate import Validation
 
@@ -74,7 +75,9 @@ class Run:
         if kept is not None:
             told += self._restore(*kept)
         self._check_room()
-        self.stepper.cache = cache_for(config, self.model, self.dataset)
+        self.stepper.cache = cache = cache_for(config, self.model, self.dataset)
+        if isinstance(self.model, Student) and cache is not None and cache.states is not None:
+            self.model.stored = partial(cache.cond, device=self.device)
         self.log = Log(folder, self.step, config.steps)
         self.loader = Loader(
             self.dataset,
