@@ -179,6 +179,7 @@ import torch
 import sfumato.codecs, sfumato.prompts, sfumato.data.folder, sfumato.denoiser, sfumato.nets.dit, sfumato.paths
 import sfumato.predictions, sfumato.times, sfumato.train.optim
 from sfumato.objectives.denoising import Denoising
+from sfumato.objectives.couplings import Independent
 from sfumato.objectives.weights import Flat
 
 used = []
@@ -239,6 +240,12 @@ class Density(sfumato.times.Uniform):
         return super().__call__(*args, **kwargs)
 
 
+class Coupling(Independent):
+    def __call__(self, *args, **kwargs):
+        used.append("coupling")
+        return super().__call__(*args, **kwargs)
+
+
 class Weight(Flat):
     def __call__(self, *args, **kwargs):
         used.append("weight")
@@ -284,11 +291,15 @@ def test_every_slot_takes_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "objective.times": "all_mine:Density",
         "objective.weight": "all_mine:Weight",
         "objective.space": "all_mine:MINE",
+        "objective.coupling": "all_mine:Coupling",
         "sampling.sampler": "all_mine:sampler",
         "sampling.grid": "all_mine:grid",
     }
     of_autoencoders = {"objective.distance", "objective.discriminator"}  # see tests/train/test_train_autoencoder.py
-    assert set(own) == set(SLOTS) - of_autoencoders
+    of_students = {"teacher_guidance", "objective.grid", "objective.solver", "objective.fake_times", "objective.heads"}
+    of_students |= {"objective.scored"}
+    of_students |= {"pairs.sampler", "pairs.grid"}  # see tests/train/test_train_pairs.py
+    assert set(own) == set(SLOTS) - of_autoencoders - of_students - {"sampling.guidance"}
     rest = [
         "optim.kind=all_mine:optimizer",
         "optim.options={weight_decay: 0.1}",
@@ -310,6 +321,6 @@ def test_every_slot_takes_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     assert set(all_mine.used) == {
         "data", "path", "time_input", "scale_input", "net", "codec", "conditioner",
-        "objective", "density", "weight", "sampler", "grid", "optimizer",
+        "objective", "density", "weight", "coupling", "sampler", "grid", "optimizer",
     }  # fmt: skip
     assert build("all_mine:MINE", "Prediction") is all_mine.MINE

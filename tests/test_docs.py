@@ -71,13 +71,15 @@ def fault(line: str) -> str | None:
         return None  # --help
     except Exception as error:
         return str(error)
+    if name == "distill":
+        return wrong(given["method"], given["overrides"], "guidance")
     return wrong(given["source"], given["overrides"]) if "overrides" in given else None
 
 
-def wrong(source: str, overrides: list[str] | None) -> str | None:
-    """What is wrong with changes to a recipe; another configuration is taken for the smallest one."""
+def wrong(source: str, overrides: list[str] | None, small: str = "tiny") -> str | None:
+    """What is wrong with changes to a recipe; another configuration is taken for a small one."""
     try:
-        load_config(source if source in RECIPES else "tiny", [one for one in overrides or [] if one[0] != "["])
+        load_config(source if source in RECIPES else small, [one for one in overrides or [] if one[0] != "["])
     except ConfigError as error:
         return str(error)
     return None

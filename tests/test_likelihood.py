@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 from oracles import SHAPES, FullMixture, gaussian_like, mixture_like, three_modes
 from sfumato.denoiser import Bound
 from sfumato.errors import ConfigError, DataError
+from sfumato.learned import Learned
 from sfumato.likelihood import Adaptive, Fixed, bits_per_dim, bits_through_noise, dequantised, log_likelihood
 from sfumato.paths import Cosine, Linear, OptimalTransport, Path, Tabulated, VarianceExploding, VariancePreserving
 
@@ -60,6 +61,20 @@ def test_a_mixture(path: Path) -> None:
         found = log_likelihood(exact.denoiser(path), x0, solver=TIGHT, level=1e-6)
         known = exact.log_density(Linear(), x0, 0.0)
         torch.testing.assert_close(found.log_p - prior_error(path, exact, found.noise), known, rtol=0, atol=5e-6)
+
+
+def test_a_learned_path() -> None:
+    torch.manual_seed(0)
+    path = Learned(log_snr_min=-12.0).double()
+    exact = three_modes()
+    x0 = exact.draw(6, rng(1))
+    found = log_likelihood(exact.denoiser(path), x0, solver=Adaptive(1e-8, 1e-8), level=0.05)
+    with torch.no_grad():
+        low = path.time(torch.tensor(-2 * math.log(0.05), dtype=torch.float64))
+        known = exact.log_density(path, x0 * path.alpha(low), float(low)) + torch.log(path.alpha(low))
+        error = prior_error(path, exact, found.noise)
+    torch.testing.assert_close(found.log_p - error, known, rtol=0, atol=1e-5)
+    assert not found.log_p.requires_grad
 
 
 def turned() -> tuple[FullMixture, Tensor]:

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sfumato.cli import main
-from sfumato.errors import ConfigError
+from sfumato.errors import ConfigError, DataError
 from sfumato.model import build_model
 from sfumato.overlay import load_config, recipes, resolved
 from sfumato.plan import plan
@@ -22,6 +22,20 @@ DIT_XL = (
     "batch=256",
     "precision=bf16",
 )
+
+# Weights that learn: those of the published files, or of the paper, whose third figure they have.
+PUBLISHED = {
+    "ddpm-cifar10": 35_746_307,  # of google/ddpm-cifar10-32
+    "adm-imagenet-256": 553_838_086 - 3 * (256 * 9 + 1),  # of OpenAI's file, without its learned variance
+    "dit-xl-2-256": 675_129_632 - 256 * 1152 - 16 * 1153,  # of DiT's own, without the table of positions and variance
+    "sit-xl-2-256": 675_129_632 - 256 * 1152 - 16 * 1153,
+    "pixart-alpha-1": 675_129_632 - 256 * 1152 - 16 * 1153,
+    "pixart-alpha-2": 611_329_168,  # "0.6 B"
+    "pixart-alpha-3": 611_329_168,  # of pixart-alpha-2, from which it starts
+    "stable-diffusion-15": 859_520_964,
+    "sdxl": 2_567_463_684,
+    "autoencoder-kl-f8": 83_653_863 + 2_765_633,  # of the published file, and of an adversary of three layers
+}
 
 
 def test_what_is_counted_is_what_a_real_pass_takes() -> None:
@@ -62,11 +76,19 @@ def test_every_recipe_can_be_planned(recipe: str, capsys: Any) -> None:
     with pytest.raises(SystemExit) as left:
         main(["plan", recipe, "--device", "h100", "--json"])
     out, talk = capsys.readouterr()
-    if load_config(recipe).config.start:  # one that begins with another's model, which is trained first
+    config = load_config(recipe).config
+    if config.start and (config.control or config.method):  # that needs the weights of a model which is trained first
         assert left.value.code and "no model to start from" in talk
         return
     said = json.loads(out)
     assert left.value.code == 0 and said["parameters"] > 0 and said["flops"] > 0 and said["hours"] > 0
+    if recipe in PUBLISHED:
+        assert said["parameters"] == PUBLISHED[recipe]
+
+
+def test_a_run_to_start_from_that_is_not_there_is_named_where_no_recipe_makes_it() -> None:
+    with pytest.raises(DataError, match="no model to start from"):
+        plan(load_config("pixart-alpha-3", ["start=runs/nosuch"]).config)
 
 
 def test_what_is_not_known_is_named() -> None:

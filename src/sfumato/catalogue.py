@@ -43,7 +43,8 @@ class Method:
 
     about: in a few words. teacher: "needed", "optional" or "none". answers: what its student can be asked for then, see
     `Denoise`. slow: it has a copy that follows the student. critic: it has one, which learns beside the student.
-    derivative: it takes forward-mode derivatives of the network.
+    derivative: it takes forward-mode derivatives of the network. pairs: it learns from noise and where the teacher's
+    flow takes it, in place of data.
     """
 
     about: str
@@ -52,6 +53,7 @@ class Method:
     slow: bool = False
     critic: bool = False
     derivative: bool = False
+    pairs: bool = False
 
 
 PATHS = {
@@ -86,6 +88,7 @@ DENSITIES = {
     "stratified": "sfumato.times:Stratified",
     "logit_normal": "sfumato.times:LogitNormal",
     "log_normal": "sfumato.times:LogNormal",
+    "u_shaped": "sfumato.times:UShaped",
 }
 WEIGHTS = {
     "flat": "sfumato.objectives.weights:Flat",
@@ -108,15 +111,24 @@ OBJECTIVES = {
     "vdm": "sfumato.objectives.vdm:VDM",
     "autoencoder": "sfumato.objectives.autoencoding:Autoencoding",
     "guidance": "sfumato.objectives.guidance:GuidanceDistillation",
+    "reflow": "sfumato.objectives.reflow:Reflow",
     "latent_consistency": "sfumato.objectives.latent_consistency:LatentConsistency",
     "progressive": "sfumato.objectives.progressive:Progressive",
     "consistency_distillation": "sfumato.objectives.consistency:ConsistencyDistillation",
     "consistency_training": "sfumato.objectives.consistency:ConsistencyTraining",
+    "improved_consistency_training": "sfumato.objectives.improved_consistency:ImprovedConsistencyTraining",
+    "easy_consistency_training": "sfumato.objectives.improved_consistency:EasyConsistencyTraining",
+    "continuous_consistency": "sfumato.objectives.continuous_consistency:ContinuousConsistency",
     "distribution_matching": "sfumato.objectives.distribution:DistributionMatching",
+    "meanflow": "sfumato.objectives.meanflow:MeanFlow",
+    "improved_meanflow": "sfumato.objectives.meanflow:ImprovedMeanFlow",
+    "shortcut": "sfumato.objectives.shortcut:Shortcut",
+    "adversarial": "sfumato.objectives.adversarial:Adversarial",
 }
 # What makes a student of a model: the objectives of these names are called with a `Lesson`.
 METHODS = {
     "guidance": Method("the guided answer of the teacher in one call, for one scale or any that it is told"),
+    "reflow": Method("straight flows, from pairs of noise and of where the teacher takes it", pairs=True),
     "latent_consistency": Method(
         "where the guided flow ends, for any data (LCM, LCM-LoRA)", answers=("endpoint",), slow=True
     ),
@@ -127,8 +139,33 @@ METHODS = {
     "consistency_training": Method(
         "where the flow ends, from data alone (CT)", teacher="none", answers=("endpoint",), slow=True
     ),
+    "improved_consistency_training": Method(
+        "where the flow ends, from data alone, without a slow copy (iCT)", teacher="none", answers=("endpoint",)
+    ),
+    "easy_consistency_training": Method(
+        "where the flow ends, from data, going on from a diffusion model (ECT)", teacher="none", answers=("endpoint",)
+    ),
+    "continuous_consistency": Method(
+        "where the flow ends, in continuous time, of a teacher or of data alone (sCD, sCT)",
+        teacher="optional",
+        answers=("endpoint",),
+        critic=True,
+        derivative=True,
+    ),
     "distribution_matching": Method(
         "the teacher's guided distribution in a few steps, by a score of the student's own (DMD2)",
+        answers=("endpoint",),
+        critic=True,
+    ),
+    "meanflow": Method(
+        "jumps of any length, by how they change along the flow", "optional", answers=("jump",), derivative=True
+    ),
+    "improved_meanflow": Method(
+        "the same as a regression of velocities, with the guidance told", "optional", answers=("jump",), derivative=True
+    ),
+    "shortcut": Method("jumps of any length, each from two of half", "optional", answers=("jump",), slow=True),
+    "adversarial": Method(
+        "pictures in a few steps that heads on the teacher's features take for real (ADD, LADD)",
         answers=("endpoint",),
         critic=True,
     ),
@@ -219,7 +256,7 @@ NETS = {
     "stable_unet": "sfumato.nets.stable_unet:StableUNet",
     "pixel_unet": "sfumato.nets.pixel_unet:PixelUNet",
     "flux": "sfumato.nets.flux:Flux",
-    "controlled": "sfumato.nets.controlnet:controlled()",
+    "controlled": "sfumato.nets.controlled:controlled()",
 }
 CODECS = {
     "pixels": "sfumato.codecs:Pixels",

@@ -162,22 +162,49 @@ class ControlSection(Section):
     """Train a ControlNet of the model that `start` names, and leave the model as it is.
 
     field: of the data, the picture that it reads. weights: a control to begin with, in place of a copy of the model's
-    own U-Net. hint: widths of the convolutions that read the picture, each after the first halves it; those of the
-    published controls, as many as the model's codec asks for, unless said.
+    own network. hint: of a U-Net's control, widths of the convolutions that read the picture, each after the first
+    halves it; those of the published controls, as many as the model's codec asks for, unless said. blocks: of a
+    transformer's, how many of its blocks are copied: [12] of an MMDiT, double and single ones [4, 10] of FLUX.
     """
 
     field: str = "control"
     weights: str | None = None
     hint: Annotated[list[Positive], Field(min_length=1)] | None = None
+    blocks: Annotated[list[Natural], Field(min_length=1, max_length=2)] | None = None
+
+
+class PairsSection(Section):
+    """What a method of pairs learns from in place of data: noise, and where the teacher's flow takes it.
+
+    count: of pairs, which are made once. sampler, grid, steps: how the flow is solved; the sampler must draw no noise.
+    batch: of the teacher's. folder: where pairs are kept; the run's own unless said.
+    """
+
+    count: Positive = 16384
+    sampler: Slot = {"kind": "ipndm", "variable": "angle"}
+    grid: Slot = {"kind": "logistic"}
+    steps: Positive = 20
+    batch: Positive = 128
+    folder: str | None = None
+
+
+class ReparameteriseSection(Section):
+    """Make the DiT that `start` names over into the network that `model` says, with one modulation for all blocks.
+
+    time: at which it then answers as before, from 0 at the data to 1, noise. See `sfumato.train.reparameterise`.
+    """
+
+    time: Annotated[float, Field(gt=0, le=1)] = 0.5
 
 
 class Config(Section):
     """Everything a run is determined by.
 
-    start: a run, a model directory, a folder of diffusers or a file, whose model is trained further; it takes the place
-    of `model`, and of `sampling` unless that is said. teacher: likewise, a model to learn from, by an objective of
-    `METHODS`; without a `model` of its own the student starts from it. teacher_guidance: how the teacher is guided, a
-    scale or a slot; its own recommendation unless said.
+    start: a run, a model directory, a folder of diffusers, a file or a name of the hub, whose model is trained further;
+    it takes the place of `model`, and of `sampling` unless that is said. With `reparameterise` its network is made over
+    into that of `model`. teacher: likewise, a model to learn from, by an objective of `METHODS`; without a `model` of
+    its own the student starts from it. teacher_guidance: how the teacher is guided, a scale or a slot; its own
+    recommendation unless said. pairs: of a method that learns from the teacher's flow.
     """
 
     name: str = Field(pattern=r"^[\w][\w .-]*$", coerce_numbers_to_str=True)
@@ -187,8 +214,10 @@ class Config(Section):
     start: str | None = None
     teacher: str | None = None
     teacher_guidance: Annotated[float, Field(ge=0)] | Slot | None = None
+    pairs: PairsSection | None = None
     lora: LoraSection | None = None
     control: ControlSection | None = None
+    reparameterise: ReparameteriseSection | None = None
     objective: Slot = {"kind": "denoising"}
     optim: OptimSection = OptimSection()
     steps: Positive
@@ -212,9 +241,11 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _begun(cls, raw: Any) -> Any:
-        """A student without a model of its own starts from its teacher."""
+        """A student without a model of its own starts from its teacher; a method of pairs has some."""
         if isinstance(raw, dict) and raw.get("teacher") and raw.get("model") is None and raw.get("start") is None:
-            return {**raw, "start": raw["teacher"]}
+            raw = {**raw, "start": raw["teacher"]}
+        if isinstance(raw, dict) and raw.get("pairs") is None and (method := _method_of(raw)) and method.pairs:
+            raw = {**raw, "pairs": {}}
         return raw
 
     @property
@@ -232,6 +263,12 @@ class Config(Section):
         """Where latents and states of texts are kept: a folder, true for the usual one, or nowhere."""
         said: str | bool | None = self.data.get(CACHE)
         return said
+
+
+def _method_of(raw: dict[str, Any]) -> Method | None:
+    """The line of `METHODS` of a raw configuration."""
+    said = raw.get("objective")
+    return METHODS.get(str(said.get("kind") if isinstance(said, dict) else said))
 
 
 def source_of(slot: dict[str, Any]) -> dict[str, Any]:
@@ -261,10 +298,14 @@ SLOTS = {
     "objective.solver": "Sampler",
     "objective.fake_times": "Density",
     "objective.heads": "Heads",
+    "objective.scored": "Density",
     "sampling.sampler": "Sampler",
     "sampling.grid": "Grid",
+    "pairs.sampler": "Sampler",
+    "pairs.grid": "Grid",
     "sampling.guidance": "Guidance",
 }
+NAMED_OTHERWISE = ("sampling.sampler", "sampling.grid", "pairs.sampler", "pairs.grid")
 ALONE = "autoencoder"  # the objective that trains the codec, and no network
 CACHE = "cache"  # of data: not the source's, whatever it is
 # A network's options that are known from what stands beside it.
@@ -282,9 +323,9 @@ def slot_problems(raw: dict[str, Any]) -> Iterator[Problem]:
             said, slot = slot.get(CACHE), source_of(slot)
             if not (said is None or isinstance(said, (str, bool))) or said == "":
                 yield Problem("data.cache", "is a folder, true or false", repr(said), "data.cache=true")
-        if slot is not None and where in ("sampling.sampler", "sampling.grid"):  # these have other names, too
+        if slot is not None and where in NAMED_OTHERWISE:  # these have other names, too
             try:
-                name = where.removeprefix("sampling.")
+                name = where.rpartition(".")[2]
                 slot = spelled_out({name: slot})[name]
             except ConfigError as error:
                 yield Problem(where, error.what.removeprefix(f"{name} "), str(error.seen), str(error.fix))
@@ -313,6 +354,13 @@ def start_problems(raw: dict[str, Any]) -> Iterator[Problem]:
         yield Problem("control", "is of a model, and none is named", "", "start=MODEL")
     if raw.get("control") is not None and raw.get("lora") is not None:
         yield Problem("control", "is trained alone", "lora", "lora=null")
+    if raw.get("reparameterise") is not None:
+        for key in ("start", "model"):
+            if raw.get(key) is None:
+                yield Problem(key, "is needed, where one network is made over into another", "", "reparameterise=null")
+        for key in ("teacher", "lora", "control"):
+            if raw.get(key) is not None:
+                yield Problem("reparameterise", f"is a run of its own, without {key}", "", f"{key}=null")
 
 
 def _teacher_problems(raw: dict[str, Any]) -> Iterator[Problem]:
@@ -320,6 +368,9 @@ def _teacher_problems(raw: dict[str, Any]) -> Iterator[Problem]:
     said, teacher = raw.get("objective", "denoising"), raw.get("teacher")
     kind = str(said.get("kind") if isinstance(said, dict) else said)
     method = METHODS.get(kind)
+    if raw.get("pairs") is not None and kind in OBJECTIVES and not (method and method.pairs):
+        fix = "an objective of: " + ", ".join(name for name, one in METHODS.items() if one.pairs)
+        yield Problem("pairs", f"are nothing that the objective {kind} learns from", str(raw["pairs"]), fix)
     if method is None:
         if teacher is not None and kind in OBJECTIVES:
             fix = "an objective of: " + ", ".join(METHODS)

@@ -12,17 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sfumato.codecs import Codec
 from sfumato.data.given import given, recorded
 from sfumato.data.picture import Image
 from sfumato.errors import ConfigError
 from sfumato.guidance import Branch, Guidance
 from sfumato.guidance.core import ALWAYS, Interval, check_interval, within
-from sfumato.nets.controlnet import HINT, SCALE, ControlNet
+from sfumato.image_conditions import encoded
+from sfumato.nets.controlled import HINT, MODE, SCALE
+from sfumato.nets.controlled import Control as AnyControl
 from sfumato.paths import Path
 from sfumato.settings import is_number
 from sfumato.starts import one_each
 
-KEYS = ("image", "scale", "interval")
+KEYS = ("image", "scale", "interval", "mode")
+MODES = ("canny", "tile", "depth", "blur", "pose", "gray", "low quality")  # of FLUX's published union, by number
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Control:
     """name: the control's. images: (N, H, W, 3) uint8, one for each picture that is drawn. scale: 0 is off.
 
     interval: noise levels sigma / alpha, (low, high], within which it speaks. said: the pictures, for the record.
+    mode: of a control of several kinds of pictures, the number of this one.
     """
 
     name: str
@@ -37,18 +42,25 @@ class Control:
     said: Sequence[Any]
     scale: float = 1.0
     interval: Interval = ALWAYS
+    mode: int | None = None
 
     def part(self, start: int, stop: int) -> "Control":
         return replace(self, images=self.images[start:stop], said=self.said[start:stop])
 
     def plain(self, i: int) -> dict[str, Any]:
         """What a record says of it for picture i."""
-        return {"model": self.name, "image": self.said[i], "scale": self.scale, "interval": list(self.interval)}
+        said = {"model": self.name, "image": self.said[i], "scale": self.scale, "interval": list(self.interval)}
+        return said | ({} if self.mode is None else {"mode": self.mode})
 
-    def hint(self, net: ControlNet, device: torch.device) -> Tensor:
-        """The pictures (N, colours, H, W) in [0, 1]."""
+    def hint(self, net: AnyControl, device: torch.device, codec: Codec) -> Tensor:
+        """The pictures as the control reads them: (N, colours, H, W) in [0, 1], or encoded (N, C, h, w)."""
         pixels = torch.from_numpy(self.images).to(device).permute(0, 3, 1, 2).float() / 255
-        return pixels.mean(1, keepdim=True) if net.config.colours == 1 else pixels
+        if not net.config.latents:
+            return pixels.mean(1, keepdim=True) if net.config.colours == 1 else pixels
+        if getattr(net.config, "extra", 0):
+            raise ConfigError("a control that is told a mask is not known here", where="control", seen=self.name)
+        with torch.inference_mode():
+            return encoded(2 * pixels - 1, codec, shifted=not getattr(net.config, "unpooled", False))
 
 
 def controls_of(asked: Mapping[str, Any] | None, n: int, size: tuple[int, int]) -> list[Control]:
@@ -68,9 +80,18 @@ def controls_of(asked: Mapping[str, Any] | None, n: int, size: tuple[int, int]) 
             raise ConfigError("a control's scale is a number", where=name, seen=repr(scale), fix="1.0")
         low, high = options.get("interval") or ALWAYS
         check_interval((low, high))
-        images = np.stack([given(picture, size, name) for picture in each])
-        found.append(Control(str(name), images, [recorded(p) for p in each], float(scale), (low, high)))
+        images, mode = np.stack([given(picture, size, name) for picture in each]), _mode(options.get("mode"), name)
+        found.append(Control(str(name), images, [recorded(p) for p in each], float(scale), (low, high), mode))
     return found
+
+
+def _mode(said: Any, name: str) -> int | None:
+    """The number of a kind of picture, from a number or a name."""
+    if isinstance(said, str) and said in MODES:
+        return MODES.index(said)
+    if said is None or (isinstance(said, int) and not isinstance(said, bool) and said >= 0):
+        return said
+    raise ConfigError("no such kind of picture", where=name, seen=repr(said), fix=", ".join(MODES))
 
 
 @dataclass(frozen=True)
@@ -90,6 +111,8 @@ class Steered:
             if control.scale and within(control.interval, path, t):
                 told[f"{HINT}{i or ''}"] = hint
                 told[f"{SCALE}{i or ''}"] = hint.new_full((len(hint),), control.scale)
+                if control.mode is not None:
+                    told[f"{MODE}{i or ''}"] = hint.new_full((len(hint),), control.mode, dtype=torch.long)
         found = self.of.branches(path, t)  # a variant of the network knows nothing of controls
         return tuple(b if b.variant is not None else Branch({**b.cond, **told}) for b in found)
 

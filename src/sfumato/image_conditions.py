@@ -13,13 +13,13 @@ import torch
 from PIL import Image as Pillow
 from torch import Generator, Tensor, nn
 
-from sfumato.codecs import Codec
+from sfumato.codecs import Codec, Latents
 from sfumato.conditioners import Conditioner, Raw
 from sfumato.data.given import given
 from sfumato.data.picture import Image
 from sfumato.denoiser import CONCAT, Cond
 from sfumato.errors import ConfigError, DataError
-from sfumato.nets.controlnet import HINT, SCALE
+from sfumato.nets.controlled import HINT, SCALE
 from sfumato.prompts import EncoderBlock
 
 Size = tuple[int, int]
@@ -74,13 +74,13 @@ class OfPictures(Conditioner):
         pixels = torch.from_numpy(np.stack(images)).to(self.here.device)
         return pixels.permute(0, 3, 1, 2).float().div(255).contiguous()
 
-    def encoded(self, pixels: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] as the network sees them; nothing of it is learned."""
+    def encoded(self, pixels: Tensor, shifted: bool = True) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] as the network sees them; nothing of it is learned. See `encoded`."""
         place = pixels.device
         if isinstance(self.codec, nn.Module):  # which may lie elsewhere
             place = next((p.device for p in self.codec.parameters()), place)
         with torch.no_grad(), torch.autocast(place.type, enabled=False):
-            return self.codec.encode(pixels.to(place)).to(pixels.device)
+            return encoded(pixels.to(place), self.codec, shifted=shifted).to(pixels.device)
 
     def read(self, raw: Sequence[Raw], field: str) -> list[Image | None]:
         """A field's pictures: arrays are taken as they are, all else is read at the model's size."""
@@ -168,17 +168,19 @@ class Inpainting(OfPictures):
     """A picture and a mask, white where it is drawn anew. Cond: concat (B, 1 + C, h, w): the mask, then the picture
     without what is masked, encoded. So Stable Diffusion's nine channels: latents, mask, masked latents.
 
-    Both stay where guidance compares with no condition. Where there is no picture, all is masked. Training masks its
-    pictures itself: everything in a quarter of them, else up to four rectangles (Rombach et al. 2022, section 4.5).
+    whole: the mask keeps all its pixels, as channels behind the picture's, (B, C + f^2, h, w) where the codec makes f x
+    f pixels a place (FLUX.1 Fill). Both stay where guidance compares with no condition. Where there is no picture, all
+    is masked. Training masks its pictures itself: everything in a quarter of them, else up to four rectangles (Rombach
+    et al. 2022, section 4.5).
     """
 
-    def __init__(self, *, image: str = "image", mask: str = "mask") -> None:
+    def __init__(self, *, image: str = "image", mask: str = "mask", whole: bool = False) -> None:
         super().__init__(image, mask, kept=True)
-        self.image, self.mask = image, mask
+        self.image, self.mask, self.whole = image, mask, whole
 
     def of_codec(self, codec: Codec) -> None:
         super().of_codec(codec)
-        self.channels = codec.channels + 1
+        self.channels = codec.channels + (factor_of(codec) ** 2 if self.whole else 1)
 
     def sized(self, raw: Sequence[Raw], size: Size) -> list[Raw]:
         return [{**one, **(self._read(one, size) or self._nothing(size))} for one in raw]
@@ -208,6 +210,9 @@ class Inpainting(OfPictures):
         )
         free = (masks.mean(1, keepdim=True) >= 0.5).float()
         latents = self.encoded((2 * pixels - 1) * (1 - free))
+        if self.whole:
+            inside = nn.functional.pixel_unshuffle(free, free.shape[2] // latents.shape[2])
+            return {CONCAT: torch.cat([latents, inside], 1)}
         return {CONCAT: torch.cat([nn.functional.interpolate(free, latents.shape[2:]), latents], 1)}
 
     def _nothing(self, size: Size) -> dict[str, Image]:
@@ -262,15 +267,19 @@ class ImageTokens(OfPictures):
 
 
 class Hint(OfPictures):
-    """The picture that a network's own ControlNet reads. Cond: hint (B, 3, H, W) in [0, 1], and hint_scale (B,) where
-    some have none.
+    """The picture that a network's own ControlNet reads. Cond: hint (B, 3, H, W) in [0, 1], or encoded (B, C, h, w);
+    and hint_scale (B,) where some have none.
 
-    It stays where guidance compares with no condition, as published controls are used.
+    through: "pixels" for controls of U-Nets; "codec" for those of transformers, "unshifted" for such as have latents
+    without the codec's shift. It stays where guidance compares with no condition, as published controls are used.
     """
 
-    def __init__(self, *, field: str = "control") -> None:
+    def __init__(self, *, field: str = "control", through: Literal["pixels", "codec", "unshifted"] = "pixels") -> None:
         super().__init__(field, kept=True)
-        self.field = field
+        if through not in ("pixels", "codec", "unshifted"):
+            where = "model.conditioner.through"
+            raise ConfigError("a picture comes in no such way", where=where, seen=through, fix="pixels")
+        self.field, self.through = field, through
 
     def forward(self, raw: Sequence[Raw]) -> Cond:
         found = self.read(raw, self.field)
@@ -279,9 +288,22 @@ class Hint(OfPictures):
             return {}
         blank = np.zeros_like(there[0])
         pixels = self.stacked([blank if image is None else image for image in found], self.field)
+        hint = pixels if self.through == "pixels" else self.encoded(2 * pixels - 1, self.through == "codec")
         if len(there) == len(raw):
-            return {HINT: pixels}
-        return {HINT: pixels, SCALE: torch.tensor([float(image is not None) for image in found]).to(pixels.device)}
+            return {HINT: hint}
+        return {HINT: hint, SCALE: torch.tensor([float(image is not None) for image in found]).to(pixels.device)}
+
+
+def factor_of(codec: Codec) -> int:
+    """Pixels a side of a place of a codec's maps."""
+    side = 1024  # a multiple of all
+    return side // codec.shape(side, side)[1]
+
+
+def encoded(pixels: Tensor, codec: Codec, *, shifted: bool = True) -> Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1] encoded; without the codec's shift unless `shifted`, if it has one."""
+    z = codec.encode(pixels)
+    return z if shifted or not isinstance(codec, Latents) else z + codec.shift * codec.scale
 
 
 def shrunk(image: Image, size: Size) -> Image:

@@ -80,11 +80,14 @@ def log_likelihood(
     if "x0" not in denoise.answers:
         seen = f"a model that answers {', '.join(denoise.answers)}"
         raise ConfigError("only a model of E[x0 | x_t] has a flow to follow", where="likelihood", seen=seen)
-    path, solver = denoise.path, solver or Adaptive()
-    flow = _Flow(denoise, x0, _signs(x0, probes, rng))
+    with torch.inference_mode(False), torch.no_grad():
+        return _followed(_Flow(denoise, x0, _signs(x0, probes, rng)), x0, level, solver or Adaptive())
+
+
+def _followed(flow: "_Flow", x0: Tensor, level: float, solver: Adaptive | Fixed) -> Likelihood:
+    path = flow.path
     low, high = _ends(path, level)
-    with torch.inference_mode(False), torch.enable_grad():
-        x, gained = flow.solved(low, high, solver)
+    x, gained = flow.solved(low, high, solver)
     spread = float(path.alpha(high) ** 2 + path.sigma(high) ** 2)
     square = x.square().flatten(1).sum(1) / spread
     elements = x0[0].numel()
@@ -219,7 +222,8 @@ class _Flow:
         frame = Frame.of(self.path, torch.tensor(t, dtype=torch.float64), self.variable)
         scale, slope, mix = float(frame.scale), float(frame.slope), float(frame.mix)
         x = (y * scale).to(self.x0.dtype).requires_grad_()
-        said = self.denoise(x, t)
+        with torch.enable_grad():
+            said = self.denoise(x, t)
         if not bool(said.detach().isfinite().all()):
             raise DataError("the model's answers are not finite numbers", where="likelihood", seen=f"t = {t:.4g}")
         trace = self._trace(said, x)

@@ -34,7 +34,10 @@ from sfumato.io.published import is_published, load_published
 from sfumato.io.tuned import read_tuned
 from sfumato.model import Model, compile_net, pick_device
 from sfumato.names import TUNED, spelled_out
-from sfumato.nets.controlnet import Controlled, ControlNet
+from sfumato.nets.controlled import Control as AnyControl
+from sfumato.nets.controlled import Controlled
+from sfumato.nets.flux import Flux
+from sfumato.nets.mmdit import MMDiT
 from sfumato.nets.stable_unet import StableUNet
 from sfumato.nets.variants import variant
 from sfumato.orders import Order, Prompt, raw_of, raws_of, seeds_of, size_of, text_of
@@ -77,7 +80,7 @@ class Pipeline:
         self.text: dict[str, Any] = {}  # options of the text encoders that were changed
         self.precision = precision
         self._variants: dict[str, torch.nn.Module] = {}
-        self.controls: dict[str, ControlNet] = {}  # by name; a path is a name too, and is read when it is asked for
+        self.controls: dict[str, AnyControl] = {}  # by name; a path is a name too, and is read when it is asked for
         self.tuned: dict[int, dict[str, Any]] = {}  # slots of samplers made for this model, by number of steps
         self._loras: Living | None = None
         if compile:
@@ -162,8 +165,9 @@ class Pipeline:
         time. negative: what to steer away from. interval: noise levels (low, high] within which to guide; (0, None) is
         all. image, strength, mask: a picture to start from, the share of the steps to make, and what of it may change
         (white), see `sfumato.starts.begin`; a model made for inpainting is told both.
-        control: by name or path of a ControlNet its picture, or {"image": ..., "scale": 1.0, "interval": (0, None)}, an
-        interval of noise levels; see `controls`. progress: called with the steps done, and all.
+        control: by name or path of a ControlNet its picture, or {"image": ..., "scale": 1.0, "interval": (0, None),
+        "mode": ...}, an interval of noise levels, and of a control of several kinds which; see `controls`.
+        progress: called with the steps done, and all.
         Raises DataError for words that the model does not know, ConfigError for settings that cannot be.
         """
         changes = {
@@ -312,16 +316,17 @@ class Pipeline:
         nets = [self._control(one.name) for one in controls]
         own, denoiser = self.model.net, self.model.denoiser
         base, inside = (own.net, list(own.controls)) if isinstance(own, Controlled) else (own, [])
-        if not isinstance(base, StableUNet):
+        if not isinstance(base, (StableUNet, MMDiT, Flux)):
             seen = type(base).__name__
-            raise ConfigError("only U-Nets of Stable Diffusion are controlled", where="control", seen=seen)
+            what = "only U-Nets of Stable Diffusion, MMDiTs and FLUX transformers are controlled"
+            raise ConfigError(what, where="control", seen=seen)
         net = Controlled(base, [*inside, *nets])  # type: ignore[list-item]
         parts = (denoiser.path, denoiser.prediction, denoiser.time_input, denoiser.scale_input, denoiser.answers)
         steered = Denoiser(net, *parts).eval()
-        hints = [one.hint(net, self.device) for one, net in zip(controls, nets, strict=True)]
+        hints = [one.hint(net, self.device, self.model.codec) for one, net in zip(controls, nets, strict=True)]
         return partial(self._forward, model=steered), Steered(guide, controls, hints, len(inside))
 
-    def _control(self, name: str) -> ControlNet:
+    def _control(self, name: str) -> AnyControl:
         if name not in self.controls:
             self.controls[name] = read_control(name)
         return self.controls[name].to(self.device)

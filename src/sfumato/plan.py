@@ -23,7 +23,7 @@ from sfumato.errors import ConfigError, nearest
 from sfumato.io.fill import unfilled
 from sfumato.io.pretrained import LATENTS, TINY, codec_from
 from sfumato.model import AutoencoderModel, Model, build_autoencoder, build_model
-from sfumato.overlay import resolved
+from sfumato.overlay import load_config, recipes, resolved
 from sfumato.train.control import freeze, under_control
 from sfumato.train.start import read_start, with_start
 from sfumato.train.teaching import as_student
@@ -110,6 +110,7 @@ def plan(config: Config, device: str | None = None, share: float = 0.4) -> Plan:
 
 def built(config: Config) -> Model | AutoencoderModel:
     """The model of a configuration, without memory for its parameters, data or other people's weights."""
+    config = _begun(config)
     section, files = resolved(config), None
     if config.start is not None:
         start = read_start(config.start)
@@ -133,6 +134,21 @@ def built(config: Config) -> Model | AutoencoderModel:
             return made
         objective = build(config.objective, "Objective")
         return build_autoencoder(spec, getattr(objective, "discriminator", None), getattr(objective, "train", "all"))
+
+
+def _begun(config: Config) -> Config:
+    """A configuration without the model to start from, where that is a run of a recipe that was not made yet: what it
+    would be is known. One that is made over into another network counts as that.
+    """
+    if config.start is None or config.control is not None or config.method is not None:
+        return config
+    if config.reparameterise is not None:
+        return config.model_copy(update={"start": None})
+    place = Path(config.start)
+    if place.exists() or place.parent != Path("runs") or place.name not in {one.name for one in recipes()}:
+        return config
+    found = _begun(load_config(place.name).config)
+    return config.model_copy(update={"start": None, "model": found.model})
 
 
 def _alone(slot: Any) -> Any:

@@ -122,6 +122,13 @@ def test_flows_of_a_model_alone_and_under_guidance(sfumato: Command, run: Path) 
     shutil.copytree(run / "model", "alone")
     told(sfumato("eval", "alone", "--suite", "likelihood", *FLOW), 4, "does not tell its data")
     told(sfumato("eval", run, "--suite", "likelihood", *FLOW, "--guidance", "2"), 2, "of the model itself")
+    told(sfumato("eval", run, "--suite", "straightness", *FLOW, "--precision", "bf16"), 2, "followed in fp32")
+
+
+def test_a_run_that_held_nothing_out_says_so(sfumato: Command) -> None:
+    assert sfumato("train", "tiny", *QUICK, "name=seen").code == 0
+    outcome = sfumato("eval", "runs/seen", "--suite", "likelihood", *FLOW, "--steps", "1", "--json")
+    assert outcome.code == 0 and outcome.data["held_out"] is False and "of those that it saw" in outcome.err
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from tiny import normal, stirred
 from torch import Tensor
 
 from sfumato.errors import ConfigError
-from sfumato.nets.controlnet import Controlled, ControlNet, ControlNetConfig, controlled
+from sfumato.nets.controlled import Controlled, controlled
+from sfumato.nets.controlnet import ControlNet, ControlNetConfig
 from sfumato.nets.stable_unet import StableUNet, StableUNetConfig
 
 

@@ -10,7 +10,8 @@ from tiny import CONFIGS, SIZE, normal, stirred
 from torch import Tensor, nn
 
 from sfumato.errors import ConfigError
-from sfumato.nets.controlnet import Controlled, ControlNet
+from sfumato.nets.controlled import Controlled
+from sfumato.nets.controlnet import ControlNet
 from sfumato.nets.dit import DiT
 from sfumato.nets.flux import Flux
 from sfumato.nets.layers import Numbers

@@ -1,4 +1,4 @@
-"""Consistency: exact functions are fixed points, schedules have the published ends, and what a small network learns."""
+"""Consistency: exact functions are fixed points, schedules have the published ends, and what is pulled to what."""
 
 import math
 from dataclasses import replace
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.objectives.taught import Small, four_modes, knows, lesson, rng, sliced_wasserstein, teacher_of
+from taught import knows, lesson, rng, teacher_of
 from torch import Tensor, nn
 
 from oracles import SHAPES, gaussian_like
@@ -18,11 +18,8 @@ from sfumato.grids import consistency as published
 from sfumato.grids import karras, logistic
 from sfumato.objectives import ConsistencyDistillation, ConsistencyTraining
 from sfumato.objectives.consistency import HUBER, apart, end_of
-from sfumato.objectives.teaching import Lesson
 from sfumato.paths import Cosine, Linear, Path, Tabulated, VarianceExploding
 from sfumato.predictions import EPS, VELOCITY, X0, Prediction, V, edm
-from sfumato.samplers import drive
-from sfumato.samplers.consistency import consistency
 
 PATHS: tuple[Path, ...] = (Linear(), Cosine(), Tabulated(zero_terminal_snr=True), VarianceExploding(20.0))
 paths = pytest.mark.parametrize("path", PATHS, ids=str)
@@ -194,77 +191,3 @@ def test_what_cannot_be_is_refused() -> None:
     ConsistencyTraining()(lesson(noisy, None), exact.draw(4, rng()), rng=rng())  # which begins below pure noise
     with pytest.raises(ConfigError, match="needs a teacher"):
         ConsistencyDistillation()(lesson(noisy, None), exact.draw(4, rng()), rng=rng())
-
-
-# What is learned
-
-
-def drawn(student: Denoiser, steps: int, grid: Any, n: int = 4000) -> Tensor:
-    """Samples from t = 1, or from where the grid begins."""
-    path, noise = student.path, rng(9)
-    times = grid(path, steps)
-    x = torch.randn(n, 2, generator=noise) * float(path.sigma(times[0]))
-    ends = lambda x, t, to=None: student(x, t)
-    from sfumato.denoiser import Bound
-
-    with torch.no_grad():
-        return drive(
-            consistency(path, x, times),
-            Bound(path, ends, ("endpoint",)),
-            lambda x: torch.randn(x.shape, generator=noise),
-        )
-
-
-def learned(objective: Any, student: Denoiser, teacher: Any, steps: int, batch: int, lr: float = 2e-3) -> Denoiser:
-    """The average of a student's last weights."""
-    from copy import deepcopy
-
-    torch.manual_seed(0)
-    data, chance = four_modes(), rng(3)
-    slow, kept = deepcopy(student), deepcopy(student)
-    slow.requires_grad_(False)
-    optimizer = torch.optim.Adam(student.parameters(), lr=lr, betas=(0.9, 0.99))
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, 3 * (1 - step / steps))
-        x0 = data.draw(batch, chance).float()
-        loss = objective(Lesson(student, teacher, slow, step=step, steps=steps), x0, rng=chance)
-        optimizer.zero_grad()
-        loss.value.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            for copy, much in ((slow, objective.follow(step, steps)), (kept, 0.98)):
-                for own, new in zip(copy.parameters(), student.parameters(), strict=True):
-                    own.lerp_(new, 1 - much)
-    return kept
-
-
-def of_teacher(path: Path, steps: int, grid: Any, n: int = 4000) -> Tensor:
-    """What the exact teacher draws by DDIM."""
-    x = torch.randn(n, 2, generator=rng(9), dtype=torch.float64)
-    return drive(SAMPLERS["ddim"].fn(path, x, grid(path, steps)), four_modes().denoiser(path))
-
-
-CASES = {
-    "distillation": (
-        ConsistencyDistillation(FINE, 12, partial(SAMPLERS["heun"].fn, variable="angle"), 0.5),
-        VELOCITY,
-        500,
-    ),
-    "training": (ConsistencyTraining(FINE, 2, 30, 0.9), X0, 1000),
-}
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_a_small_network_learns_to_draw_a_mixture_in_few_steps(name: str) -> None:
-    objective, prediction, steps = CASES[name]
-    path, data = Linear(), four_modes()
-    torch.manual_seed(0)
-    student = Denoiser(Small(path), path, prediction)
-    teacher = teacher_of(data, path) if name == "distillation" else None
-    kept = learned(objective, student, teacher, steps, 256)
-    truth = data.draw(4000, rng(11))
-    ours = [sliced_wasserstein(drawn(kept, n, FINE), truth) for n in (1, 2, 4)]
-    theirs = [sliced_wasserstein(of_teacher(path, n, FINE), truth) for n in (1, 2, 4)]
-    print(name, ours, theirs)

@@ -25,7 +25,7 @@ from sfumato.objectives.weights import (
 )
 from sfumato.paths import Cosine, Linear, Path, Tabulated, VarianceExploding, VariancePreserving, log_snr
 from sfumato.predictions import EPS, SCORE, VELOCITY, X0, Prediction, V, edm
-from sfumato.times import Density, LogitNormal, LogNormal, Stratified, Uniform
+from sfumato.times import Density, LogitNormal, LogNormal, Stratified, Uniform, UShaped
 
 Column = Callable[[Tensor], Tensor]
 T = torch.linspace(0.02, 0.98, 97, dtype=torch.float64)
@@ -171,7 +171,16 @@ def test_weights_without_a_space_of_their_own_take_the_networks() -> None:
 
 # densities
 
-SMOOTH = (Uniform(), Uniform(0.0, 0.6), LogitNormal(), LogitNormal(-0.4, 0.7, 3.0), LogNormal(), LogNormal(0.3, 0.8))
+SMOOTH = (
+    Uniform(),
+    Uniform(0.0, 0.6),
+    LogitNormal(),
+    LogitNormal(-0.4, 0.7, 3.0),
+    LogNormal(),
+    LogNormal(0.3, 0.8),
+    UShaped(),
+    UShaped(2.0, 0.1),
+)
 DENSITIES: tuple[Density, ...] = (
     *SMOOTH,
     Stratified(),
@@ -194,7 +203,9 @@ def mass(density: Density, path: Path) -> tuple[Tensor, Tensor]:
     """Times, and the share of the density around each."""
     t, width = logit_grid()
     of = density.of if isinstance(density, Stratified) else density
-    inside = (t >= of.low) & (t <= of.high) if isinstance(of, Uniform) else torch.ones_like(t, dtype=torch.bool)
+    inside = (
+        (t >= of.low) & (t <= of.high) if isinstance(of, Uniform | UShaped) else torch.ones_like(t, dtype=torch.bool)
+    )
     return t, density.pdf(path, t) * width * inside
 
 

@@ -19,7 +19,8 @@ from sfumato.errors import CheckpointError, ConfigError
 from sfumato.io.directory import write_weights
 from sfumato.io.families.controlnet import config_of, lines, original, read_control, write_control
 from sfumato.io.keymap import DIFFUSERS, ORIGINAL, OURS, renamed
-from sfumato.nets.controlnet import Controlled, ControlNet, ControlNetConfig
+from sfumato.nets.controlled import Controlled
+from sfumato.nets.controlnet import ControlNet, ControlNetConfig
 from sfumato.nets.stable_unet import PRESETS, StableUNet, StableUNetConfig
 
 diffusers = pytest.importorskip("diffusers")

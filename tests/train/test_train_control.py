@@ -14,7 +14,8 @@ from sfumato.data.scenes import Scenes
 from sfumato.errors import ConfigError
 from sfumato.io.directory import load_model
 from sfumato.io.families.controlnet import read_control
-from sfumato.nets.controlnet import Controlled, ControlNet
+from sfumato.nets.controlled import Controlled
+from sfumato.nets.controlnet import ControlNet
 from sfumato.nets.stable_unet import StableUNet
 from sfumato.overlay import as_yaml, load_config, resolved
 from sfumato.plan import plan
@@ -117,5 +118,45 @@ def test_what_cannot_be_is_named(base: Path, tmp_path: Path, tiny_run: Path) -> 
             controlled(base, *words)
     with pytest.raises(ConfigError, match="halves the picture"):
         train(controlled(base, "control.hint=[4, 8]"), run=tmp_path / "a")
-    with pytest.raises(ConfigError, match="U-Nets of Stable Diffusion"):
+    with pytest.raises(ConfigError, match="MMDiTs and FLUX transformers"):
         train(controlled(base, f"start={tiny_run}"), run=tmp_path / "b")
+
+
+TRANSFORMERS = {
+    "mmdit": ("model.net={kind: mmdit, size: 32, patch: 8, dim: 16, depth: 4, heads: 2}", "control.blocks=[2]"),
+    "flux": (
+        "model.net={kind: flux, size: 32, patch: 8, dim: 16, double: 2, single: 3, heads: 2}",
+        "control.blocks=[1, 2]",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TRANSFORMERS)
+def test_controls_of_transformers_are_trained_and_used_alike(kind: str, tmp_path: Path) -> None:
+    from tests.train.conftest import small
+
+    net, blocks = TRANSFORMERS[kind]
+    base = tmp_path / "base"
+    train(small("steps=3", "checkpoint.every=3", net), run=base)
+    config = controlled(base, blocks)
+    assert plan(config).frozen > plan(config).parameters > 0
+    train(config, run=tmp_path / "run")
+    stopped(config, tmp_path / "parts", 2)
+    train(load_config(str(tmp_path / "parts/config.yaml")).config, run=tmp_path / "parts", resume=True)
+    assert kept(tmp_path / "run") == kept(tmp_path / "parts")
+    before, after = load_model(base / "model"), load_model(tmp_path / "run/model")
+    assert isinstance(after.net, Controlled)
+    own = after.net.net.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in before.net.state_dict().items())
+    control = after.net.controls[0]
+    assert len(control.leave) == (2 if kind == "mmdit" else 3)  # type: ignore[arg-type]
+    assert any(float(leave.weight.detach().abs().max()) > 1e-5 for leave in control.leave)  # type: ignore[union-attr,operator]
+    layout = Scenes(size=32, layout="places")[3].fields["layout"]
+    inside = load(tmp_path / "run", "cpu").sample({"caption": "a circle", "layout": layout}, steps=3).images
+    beside = load(base, "cpu").sample("a circle", control={str(tmp_path / "run"): layout}, steps=3)
+    plain = load(base, "cpu").sample("a circle", steps=3).images
+    assert np.abs(inside.astype(int) - beside.images).max() <= 1 and (inside != plain).any()
+    fresh = controlled(base, blocks, "optim.lr=1.0e-12", "optim.kind=adamw")
+    train(fresh, run=tmp_path / "fresh")
+    silent = load(tmp_path / "fresh", "cpu").sample({"caption": "a circle", "layout": layout}, steps=3).images
+    assert np.abs(silent.astype(int) - plain).max() <= 1

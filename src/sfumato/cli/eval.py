@@ -40,6 +40,8 @@ def evaluate(
     """Judge a model: the share of pictures that show exactly what the prompt says (scenes), bits a dimension of
     pictures that it never saw (likelihood), or how straight its flow is (straightness); with 95% intervals.
     """
+    if suite in SUITES[1:] and precision != "fp32":
+        raise ConfigError("flows are followed in fp32", where="--precision", seen=precision, fix="--precision fp32")
     if suite not in SUITES:
         raise ConfigError("no such suite", where="--suite", seen=suite, fix=f"--suite {nearest(suite, SUITES)}")
     from json import dumps

@@ -11,7 +11,7 @@ import json
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,12 +39,16 @@ class LatentStore:
     rows: how many pictures. shape: (C, h, w) of a latent.
     """
 
+    kind: ClassVar[str] = "latents"
+    again: ClassVar[str] = "sfumato data cache, once more"
+    most: ClassVar[int | None] = None  # rows of a shard, if fewer than of others
+
     def __init__(self, folder: Path, about: Mapping[str, Any], rows: int, shape: tuple[int, int, int]) -> None:
         self.about = {"version": VERSION, **about, "rows": rows, "shape": list(shape)}
-        self.folder = folder / "latents" / digest_of(self.about)[:32]
+        self.folder = folder / self.kind / digest_of(self.about)[:32]
         self.rows, self.shape = rows, shape
         each = 2 * 4 * int(np.prod(shape))
-        self.shard = min(MOST_ROWS, max(1, SHARD_BYTES // each))
+        self.shard = min(self.most or MOST_ROWS, max(1, SHARD_BYTES // each))
         self._open: dict[int, Floats] = {}
         self._guard = threading.Lock()
 
@@ -86,8 +90,8 @@ class LatentStore:
                 try:
                     found = np.load(path, mmap_mode="r")
                 except (OSError, ValueError) as error:
-                    fix = "sfumato data cache, once more"
-                    raise CheckpointError("a cache lost a shard", where=str(path), seen=str(error), fix=fix) from None
+                    seen = str(error)
+                    raise CheckpointError("a cache lost a shard", where=str(path), seen=seen, fix=self.again) from None
                 self._open[i] = found
             return self._open[i]
 

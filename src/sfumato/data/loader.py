@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from sfumato.data.cache import LatentStore
 from sfumato.data.order import indices, permuted
+from sfumato.data.pairs import PairStore
 from sfumato.data.picture import Dataset, Fields, Image, fields_of
 
 
@@ -16,7 +17,7 @@ class Batch(NamedTuple):
     """images (B, H, W, 3) uint8, the fields of each, their indices, and the position after them.
 
     moments: what a cache has in place of pictures, which are None then: mean and standard deviation of their latents,
-    (B, 2, C, h, w) float32.
+    (B, 2, C, h, w) float32. pairs: where data are pairs, data and noise likewise.
     """
 
     images: Image | None
@@ -24,6 +25,7 @@ class Batch(NamedTuple):
     indices: NDArray[np.int64]
     position: int
     moments: NDArray[np.float32] | None = None
+    pairs: NDArray[np.float32] | None = None
 
 
 class Loader:
@@ -31,7 +33,7 @@ class Loader:
 
     position: samples already seen; resuming is starting there. workers: threads that fetch ahead, 0 for none.
     holdout: samples kept out, the same ones for every position and epoch, see `held_out`; of data that has not twice as
-    many, a tenth. latents: a store that is read in place of the pictures.
+    many, a tenth. latents, pairs: a store that is read in place of the pictures.
     """
 
     def __init__(
@@ -44,8 +46,9 @@ class Loader:
         workers: int = 1,
         holdout: int = 0,
         latents: LatentStore | None = None,
+        pairs: PairStore | None = None,
     ) -> None:
-        self.dataset, self.batch, self.seed, self.latents = dataset, batch, seed, latents
+        self.dataset, self.batch, self.seed, self.latents, self.pairs = dataset, batch, seed, latents, pairs
         self.holdout = holdout if 2 * holdout <= len(dataset) else len(dataset) // 10
         self.n = len(dataset) - self.holdout
         self._next, self._wanted = position, position
@@ -112,7 +115,10 @@ class Loader:
         return self.fetched(index, position + self.batch)
 
     def fetched(self, index: NDArray[np.int64], position: int = 0) -> Batch:
-        """The batch of some indices: pictures, or their latents where these are kept."""
+        """The batch of some indices: pictures, or their latents or pairs where these are kept."""
+        if self.pairs is not None:
+            fields = list(fields_of(self.dataset, index.tolist()))
+            return Batch(None, fields, index, position, pairs=self.pairs.read(index))
         if self.latents is not None:
             fields = list(fields_of(self.dataset, index.tolist()))
             return Batch(None, fields, index, position, self.latents.read(index))

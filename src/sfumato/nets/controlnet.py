@@ -5,9 +5,10 @@ of zeros, and what the copy says leaves through convolutions of zeros. So at the
 the base, which stays frozen, keeps all it knows. Several controls add up; each is weighted by a scale.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,9 +16,6 @@ from torch import Tensor, nn
 from sfumato.errors import ConfigError
 from sfumato.nets.layers import zeroed
 from sfumato.nets.stable_unet import StableUNet, StableUNetConfig, WayDown
-
-HINT, SCALE = "hint", "hint_scale"  # arguments of a controlled network; of the second control "hint1", "hint_scale1"
-Net = nn.Module
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,13 @@ class ControlNetConfig:
     hint: tuple[int, ...] = (16, 32, 96, 256)
     colours: int = 3
     bgr: bool = False
+
+    latents: ClassVar[bool] = False  # it reads a picture's pixels
+
+    @property
+    def channels(self) -> int:
+        """Of x_t, that it sees."""
+        return self.unet.in_channels
 
 
 class ControlNet(WayDown):
@@ -85,6 +90,10 @@ class ControlNet(WayDown):
         kept, middle = self.descended(entered + read, told)
         return [*(leave(one) for leave, one in zip(self.leave, kept, strict=True)), self.leave_middle(middle)]
 
+    def placed(self, said: Sequence[Tensor], net: StableUNet) -> Sequence[Tensor]:
+        """What is added where: it has a place for each."""
+        return said
+
 
 class Hint(nn.Module):
     """Convolutions from a picture to a map of the U-Net's first width, the last of zeros."""
@@ -102,81 +111,3 @@ class Hint(nn.Module):
         for i, conv in enumerate(self.convs):
             x = conv(F.silu(x) if i else x)
         return x
-
-
-class Controlled(nn.Module):
-    """A U-Net under controls: what they say of their pictures is added up, and to its skips and its middle.
-
-    The picture of the first is the argument `hint` (B, colours, H, W) in [0, 1], with `hint_scale` (B,) where it is not
-    1; of the second `hint1`, `hint_scale1`. A control without a picture says nothing. A U-Net that is told pictures
-    beside x_t does not share them: a control with fewer input channels sees the first ones.
-    """
-
-    def __init__(self, net: StableUNet, controls: Sequence[ControlNet]) -> None:
-        super().__init__()
-        for control in controls:
-            _fits(control, net)
-        self.net, self.controls = net, nn.ModuleList(controls)
-
-    @property
-    def config(self) -> StableUNetConfig:
-        """That of the U-Net."""
-        return self.net.config
-
-    @property
-    def checkpointing(self) -> bool:
-        """Whether activations are made anew in the backward pass."""
-        return self.net.checkpointing
-
-    @checkpointing.setter
-    def checkpointing(self, on: bool) -> None:
-        for one in (self.net, *self.controls):
-            one.checkpointing = on  # type: ignore[union-attr]
-
-    def forward(self, x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
-        found: list[Tensor] | None = None
-        names = [(f"{HINT}{i or ''}", f"{SCALE}{i or ''}") for i in range(len(self.controls))]
-        asked = [(cond.pop(hint, None), cond.pop(scale, None)) for hint, scale in names]
-        for control, (hint, scale) in zip(self.controls, asked, strict=True):
-            if hint is None:
-                continue
-            said = control(x[:, : control.config.unet.in_channels], t, hint=hint.to(x.dtype), **cond)  # type: ignore[union-attr,index]
-            if scale is not None:
-                said = [one * scale.to(one.dtype)[:, None, None, None] for one in said]
-            found = said if found is None else [one + more for one, more in zip(found, said, strict=True)]
-        out: Tensor = self.net(x, t, residuals=found, **cond)
-        return out
-
-
-def controlled(
-    *,
-    net: Net | None = None,
-    hint: tuple[int, ...] = (16, 32, 96, 256),
-    colours: int = 3,
-    bgr: bool = False,
-    unet: Mapping[str, object] | None = None,
-) -> Controlled:
-    """A frozen U-Net under one control, which learns. hint, colours, bgr: as of `ControlNetConfig`.
-
-    unet: what in the control's shape is not as in the network's.
-    """
-    if not isinstance(net, StableUNet):
-        seen = "nothing" if net is None else type(net).__name__
-        fix = "control.base=A_RUN_OR_MODEL"
-        raise ConfigError("only U-Nets of Stable Diffusion are controlled", where="model.net.net", seen=seen, fix=fix)
-    changes = {name: tuple(value) if isinstance(value, list) else value for name, value in (unet or {}).items()}
-    shape = replace(net.config, **changes)  # type: ignore[arg-type]
-    control = ControlNet(ControlNetConfig(shape, tuple(hint), colours, bgr))
-    return Controlled(net.requires_grad_(False), [control])
-
-
-def _fits(control: ControlNet, net: StableUNet) -> None:
-    """ConfigError for a control of another U-Net's shape."""
-    mine, theirs = control.config.unet, net.config
-    for name in ("channels", "blocks", "context_dim", "pooled_dim"):
-        if getattr(mine, name) != getattr(theirs, name):
-            seen = f"{name} {getattr(mine, name)}, the model's {getattr(theirs, name)}"
-            raise ConfigError("a control was made for another kind of model", where="control", seen=seen)
-    if mine.in_channels > theirs.in_channels:
-        seen = f"{mine.in_channels} channels, the model has {theirs.in_channels}"
-        raise ConfigError("a control was made for another kind of model", where="control", seen=seen)

@@ -57,7 +57,8 @@ class FeatureHeads(nn.Module):
     def forward(self, heard: dict[str, Tensor], t: Tensor, pooled: Tensor | None = None) -> Tensor:
         """heard: tokens (B, L, C). t: (B,), in [0, 1]."""
         each = [head(heard[place], t, pooled) for place, head in zip(self.places, self.heads, strict=True)]
-        return torch.cat(each, 1).float()
+        logits = torch.cat(each, 1)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 class Head(nn.Module):

@@ -6,7 +6,7 @@ Each head's channels turn with the picture's number, the row and the column (RoP
 origin. The time, the pooled prompt and, where it was distilled, the guidance set every shift, scale and gate.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -95,33 +95,60 @@ def preset(name: str, **changes: object) -> FluxConfig:
     return replace(PRESETS[name], **changes)  # type: ignore[arg-type]
 
 
-class Flux(nn.Module):
-    """Latents (B, in_channels, H, W) and times (B,), in thousandths, to (B, out_channels, H, W).
-
-    context: (B, words, context_dim); context_mask: (B, words) bool, True where a word counts, though the published
-    weights were trained without one. pooled: (B, pooled_dim). label: (B,). guidance: (B,), a scale; 1 unless told.
-    Raises ConfigError for sizes that are no whole number of patches.
-    """
+class FluxEntry(nn.Module):
+    """What a FLUX transformer and a control of one share: everything before the blocks."""
 
     def __init__(self, config: FluxConfig) -> None:
         super().__init__()
         _checked(config)
-        self.config, self.checkpointing = config, False
-        dim, area = config.dim, config.patch**2
-        self.entry = nn.Linear(config.in_channels * area, dim)
+        self.checkpointing, self._shape = False, config
+        dim = config.dim
+        self.entry = nn.Linear(config.in_channels * config.patch**2, dim)
         self.time = TimeEmbedding(dim)
         self.guided = TimeEmbedding(dim) if config.guidance else None
         self.numbers = Numbers([one for one in config.told if not (one == "guidance" and config.guidance)], dim)
         self.pooled = mlp(config.pooled_dim, dim) if config.pooled_dim else None
         self.label = nn.Embedding(config.classes + 1, dim) if config.classes else None
         self.context = nn.Linear(config.context_dim, dim) if config.context_dim else None
+
+    def places(self, grid: tuple[int, int], before: int, device: torch.device) -> Rope:
+        """Rotary positions of so many words and of a picture's patches."""
+        return places(*grid, self._shape.turning, before, self._shape.theta, device)
+
+    def summary(
+        self,
+        t: Tensor,
+        label: Tensor | None,
+        pooled: Tensor | None,
+        guidance: Tensor | None,
+        until: Tensor | None,
+    ) -> Tensor:
+        """What every modulation is made from, (B, dim)."""
+        summary: Tensor = self.numbers(self.time(t), t, guidance, until)
+        if self.guided is not None:
+            summary = summary + self.guided(1000 * (torch.ones_like(t) if guidance is None else guidance))
+        return summed(summary, label, pooled, self.label, self.pooled)
+
+
+class Flux(FluxEntry):
+    """Latents (B, in_channels, H, W) and times (B,), in thousandths, to (B, out_channels, H, W).
+
+    context: (B, words, context_dim); context_mask: (B, words) bool, True where a word counts, though the published
+    weights were trained without one. pooled: (B, pooled_dim). label: (B,). guidance: (B,), a scale; 1 unless told.
+    residuals: what is added to the picture's tokens after each block, the double ones and then the single ones; None
+    for nothing (`nets.control_flux`). Raises ConfigError for sizes that are no whole number of patches.
+    """
+
+    def __init__(self, config: FluxConfig) -> None:
+        super().__init__(config)
+        self.config = config
         self.double_blocks: Iterable[DoubleBlock] = nn.ModuleList(  # type: ignore[assignment]
             DoubleBlock(config) for _ in range(config.double)
         )
         self.single_blocks: Iterable[SingleBlock] = nn.ModuleList(  # type: ignore[assignment]
             SingleBlock(config) for _ in range(config.single)
         )
-        self.head = Head(dim, area * (config.out_channels or config.in_channels))
+        self.head = Head(config.dim, config.patch**2 * (config.out_channels or config.in_channels))
         self._initialise()
 
     def forward(
@@ -135,35 +162,24 @@ class Flux(nn.Module):
         pooled: Tensor | None = None,
         guidance: Tensor | None = None,
         until: Tensor | None = None,
+        residuals: Sequence[Tensor | None] | None = None,
     ) -> Tensor:
-        height, width = grid_of(x, self.config.patch)
-        tokens = self.entry(folded(x, self.config.patch))
+        grid, config = grid_of(x, self.config.patch), self.config
+        tokens = self.entry(folded(x, config.patch))
         words = None if self.context is None or context is None else self.context(context)
         before, mask = 0 if words is None else words.shape[1], None
         if words is not None and context_mask is not None:
-            mask = torch.cat([context_mask, context_mask.new_ones(len(x), height * width)], 1)
-        rope = places(height, width, self.config.turning, before, self.config.theta, x.device)
-        told = (self._summary(t, label, pooled, guidance, until), mask, rope)
-        for double in self.double_blocks:
+            mask = torch.cat([context_mask, context_mask.new_ones(len(x), grid[0] * grid[1])], 1)
+        told = (self.summary(t, label, pooled, guidance, until), mask, self.places(grid, before, x.device))
+        added = list(residuals) if residuals is not None else [None] * (config.double + config.single)
+        for double, one in zip(self.double_blocks, added, strict=False):
             tokens, words = through(double, self.checkpointing, tokens, words, *told)
+            tokens = tokens if one is None else tokens + one
         tokens = tokens if words is None else torch.cat([words, tokens], 1)
-        for single in self.single_blocks:
+        for single, one in zip(self.single_blocks, added[config.double :], strict=True):
             tokens = through(single, self.checkpointing, tokens, *told)
-        return unfolded(self.head(tokens[:, before:], told[0]), (height, width), self.config.patch)
-
-    def _summary(
-        self,
-        t: Tensor,
-        label: Tensor | None,
-        pooled: Tensor | None,
-        guidance: Tensor | None,
-        until: Tensor | None,
-    ) -> Tensor:
-        """What every modulation is made from, (B, dim)."""
-        summary: Tensor = self.numbers(self.time(t), t, guidance, until)
-        if self.guided is not None:
-            summary = summary + self.guided(1000 * (torch.ones_like(t) if guidance is None else guidance))
-        return summed(summary, label, pooled, self.label, self.pooled)
+            tokens = tokens if one is None else tokens + F.pad(one, (0, 0, before, 0))
+        return unfolded(self.head(tokens[:, before:], told[0]), grid, config.patch)
 
     def _initialise(self) -> None:
         for module in self.modules():

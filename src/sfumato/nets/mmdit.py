@@ -6,8 +6,9 @@ block's shifts, scales and gates. It is the network of Stable Diffusion 3; 3.5 a
 in its medium size a second attention of the picture alone in the first blocks.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Literal
 
 import torch
@@ -90,31 +91,77 @@ def preset(name: str, **changes: object) -> MMDiTConfig:
     return replace(PRESETS[name], **changes)  # type: ignore[arg-type]
 
 
-class MMDiT(nn.Module):
-    """Latents (B, C, H, W) and times (B,), in thousandths, to (B, out_channels, H, W).
-
-    context: (B, words, context_dim); context_mask: (B, words) bool, True where a word counts. pooled: (B, pooled_dim).
-    label: (B,). Raises ConfigError for sizes that are no whole number of patches, or larger than the table.
-    """
+class JointEntry(nn.Module):
+    """What an MMDiT and a control of one share: everything before the blocks."""
 
     positions: Tensor
 
-    def __init__(self, config: MMDiTConfig) -> None:
+    def __init__(self, config: MMDiTConfig, *, entry: bool = True) -> None:
         super().__init__()
         _checked(config)
-        self.config, self.checkpointing = config, False
+        self.checkpointing, self._shape = False, config
         dim, side = config.dim, config.side
-        self.entry = nn.Conv2d(config.in_channels, dim, config.patch, stride=config.patch)
-        self.register_buffer("positions", sincos_2d(side, side, dim, step=config.step)[None])
+        self.entry = nn.Conv2d(config.in_channels, dim, config.patch, stride=config.patch) if entry else None
+        if entry:
+            self.register_buffer("positions", sincos_2d(side, side, dim, step=config.step)[None])
         self.time = TimeEmbedding(dim)
         self.numbers = Numbers(config.told, dim)
         self.pooled = mlp(config.pooled_dim, dim) if config.pooled_dim else None
         self.label = nn.Embedding(config.classes + 1, dim) if config.classes else None
         self.context = nn.Linear(config.context_dim, dim) if config.context_dim else None
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """A picture's tokens with their places, (B, L, dim)."""
+        assert self.entry is not None
+        height, width = self._grid(x)
+        tokens: Tensor = self.entry(x).flatten(2).mT
+        return tokens + self._places(height, width).to(tokens.dtype)
+
+    def words(self, context: Tensor | None, mask: Tensor | None, length: int) -> tuple[Tensor | None, Tensor | None]:
+        """The prompt's tokens, and what of them and of a picture of so many tokens counts; None where all does."""
+        words = None if self.context is None or context is None else self.context(context)
+        if words is None or mask is None:
+            return words, None
+        return words, torch.cat([mask, mask.new_ones(len(mask), length)], 1)
+
+    def summary(self, t: Tensor, label: Tensor | None, pooled: Tensor | None, *numbers: Tensor | None) -> Tensor:
+        """What every modulation is made from, (B, dim)."""
+        return summed(self.numbers(self.time(t), t, *numbers), label, pooled, self.label, self.pooled)
+
+    def _places(self, height: int, width: int) -> Tensor:
+        """The middle of the table, (1, height * width, dim)."""
+        side = self._shape.side
+        top, left = (side - height) // 2, (side - width) // 2
+        table = self.positions.unflatten(1, (side, side))
+        return table[:, top : top + height, left : left + width].flatten(1, 2)
+
+    def _grid(self, x: Tensor) -> tuple[int, int]:
+        grid, side = grid_of(x, self._shape.patch), self._shape.side
+        if max(grid) > side:
+            raise ConfigError(
+                "a picture is larger than the table of positions",
+                where="size",
+                seen=f"{x.shape[-2]}x{x.shape[-1]}",
+                fix=f"at most {side * self._shape.patch} a side",
+            )
+        return grid
+
+
+class MMDiT(JointEntry):
+    """Latents (B, C, H, W) and times (B,), in thousandths, to (B, out_channels, H, W).
+
+    context: (B, words, context_dim); context_mask: (B, words) bool, True where a word counts. pooled: (B, pooled_dim).
+    label: (B,). residuals: what is added to the picture's tokens after each block, from the first on; None for nothing
+    (`nets.control_mmdit`). Raises ConfigError for sizes that are no whole number of patches, or larger than the table.
+    """
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__(config)
+        self.config = config
         self.blocks: Iterable[JointBlock] = nn.ModuleList(  # type: ignore[assignment]
             JointBlock(config, dual=i in config.dual, last=i + 1 == config.depth) for i in range(config.depth)
         )
-        self.head = Head(dim, config.patch**2 * (config.out_channels or config.in_channels))
+        self.head = Head(config.dim, config.patch**2 * (config.out_channels or config.in_channels))
         self._initialise()
 
     def forward(
@@ -128,40 +175,16 @@ class MMDiT(nn.Module):
         pooled: Tensor | None = None,
         guidance: Tensor | None = None,
         until: Tensor | None = None,
+        residuals: Sequence[Tensor | None] | None = None,
     ) -> Tensor:
         height, width = self._grid(x)
-        tokens = self.entry(x).flatten(2).mT
-        tokens = tokens + self._places(height, width).to(tokens.dtype)
-        words = None if self.context is None or context is None else self.context(context)
-        mask = None
-        if words is not None and context_mask is not None:
-            mask = torch.cat([context_mask, context_mask.new_ones(len(x), height * width)], 1)
-        summary = self._summary(t, label, pooled, guidance, until)
-        for block in self.blocks:
+        tokens = self.tokens(x)
+        words, mask = self.words(context, context_mask, height * width)
+        summary = self.summary(t, label, pooled, guidance, until)
+        for block, added in zip_longest(self.blocks, residuals or ()):
             tokens, words = through(block, self.checkpointing, tokens, words, summary, mask)
+            tokens = tokens if added is None else tokens + added
         return _unfolded(self.head(tokens, summary), height, width, self.config.patch)
-
-    def _summary(self, t: Tensor, label: Tensor | None, pooled: Tensor | None, *numbers: Tensor | None) -> Tensor:
-        """What every modulation is made from, (B, dim)."""
-        return summed(self.numbers(self.time(t), t, *numbers), label, pooled, self.label, self.pooled)
-
-    def _places(self, height: int, width: int) -> Tensor:
-        """The middle of the table, (1, height * width, dim)."""
-        side = self.config.side
-        top, left = (side - height) // 2, (side - width) // 2
-        table = self.positions.unflatten(1, (side, side))
-        return table[:, top : top + height, left : left + width].flatten(1, 2)
-
-    def _grid(self, x: Tensor) -> tuple[int, int]:
-        grid, side = grid_of(x, self.config.patch), self.config.side
-        if max(grid) > side:
-            raise ConfigError(
-                "a picture is larger than the table of positions",
-                where="size",
-                seen=f"{x.shape[-2]}x{x.shape[-1]}",
-                fix=f"at most {side * self.config.patch} a side",
-            )
-        return grid
 
     def _initialise(self) -> None:
         for module in self.modules():

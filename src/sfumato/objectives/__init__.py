@@ -2,17 +2,24 @@
 conditions, and gives a `Loss`.
 """
 
+from sfumato.objectives.adversarial import Adversarial
 from sfumato.objectives.autoencoding import Autoencoding
 from sfumato.objectives.consistency import ConsistencyDistillation, ConsistencyTraining
+from sfumato.objectives.continuous_consistency import ContinuousConsistency
 from sfumato.objectives.denoising import Denoising, Loss, Objective
 from sfumato.objectives.distribution import DistributionMatching
+from sfumato.objectives.improved_consistency import EasyConsistencyTraining, ImprovedConsistencyTraining
 
 __all__ = [
+    "Adversarial",
     "Autoencoding",
     "ConsistencyDistillation",
     "ConsistencyTraining",
+    "ContinuousConsistency",
     "Denoising",
     "DistributionMatching",
+    "EasyConsistencyTraining",
+    "ImprovedConsistencyTraining",
     "Loss",
     "Objective",
 ]

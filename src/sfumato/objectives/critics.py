@@ -1,6 +1,6 @@
 """What methods with a critic share: heads that judge by a network's features, and a critic that stands still."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sfumato.denoiser import Cond
+from sfumato.denoiser import Cond, Denoiser
 from sfumato.errors import ConfigError
 
 
@@ -41,11 +41,24 @@ def rows_of(cond: Cond | None, rows: Tensor) -> dict[str, Tensor]:
     return {name: value[rows.to(value.device)] for name, value in (cond or {}).items()}
 
 
+def ended(student: Denoiser, x: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
+    """Where the student says that the flow through x (B, ...) at t (B,) ends."""
+    end: Tensor = student(x, t, cond)
+    return end
+
+
 def check_times(at: tuple[float, ...]) -> None:
     """ConfigError for times of steps that do not fall, or leave (0, 1]."""
     if not at or list(at) != sorted(set(at), reverse=True) or not 0 < at[-1] <= at[0] <= 1:
         fix = "[1.0, 0.75, 0.5, 0.25]"
         raise ConfigError("a student's times fall from 1", where="objective.at", seen=str(list(at)), fix=fix)
+
+
+def check_said(denoiser: Denoiser, at: Sequence[float]) -> None:
+    """ConfigError where an answer says nothing of the data: noise predictions at pure noise."""
+    if not bool(denoiser.prediction.determines(denoiser.path, torch.tensor(at, dtype=torch.float64)).all()):
+        what, seen = "at pure noise this prediction says nothing of the data", denoiser.prediction.name
+        raise ConfigError(what, where="objective.at", seen=f"{seen} at {at[0]:g}", fix="times below 1")
 
 
 def check_shares(objective: object, *names: str) -> None:
@@ -56,6 +69,14 @@ def check_shares(objective: object, *names: str) -> None:
             raise ConfigError(f"{name} is not negative", where=f"objective.{name}", seen=seen)
 
 
+def check_counts(objective: object, *names: str) -> None:
+    """ConfigError for numbers below one."""
+    for name in names:
+        if getattr(objective, name) < 1:
+            seen = str(getattr(objective, name))
+            raise ConfigError(f"{name} is at least 1", where=f"objective.{name}", seen=seen)
+
+
 def detached(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Terms of a loss, to be told of."""
     return {name: part.detach() for name, part in parts.items()}
@@ -64,6 +85,11 @@ def detached(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def valued(number: Tensor, minimised: Tensor) -> Tensor:
     """A loss whose number is the one and whose gradient is the other's."""
     return number.detach() + (minimised - minimised.detach())
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def drawn_which(n: int, choices: int, rng: torch.Generator | None) -> Tensor:

@@ -76,7 +76,7 @@ class Denoising:
 
     def factor(self, model: Denoiser, t: Tensor) -> Tensor:
         """What the square error of the network's own answer is multiplied by: (B,)."""
-        path, own = _Inside(model.path), model.prediction
+        path, own = Inside(model.path), model.prediction
         space = self.space or self.weight.space or own
         factor = self.weight(log_snr(path, t))
         if space != own:
@@ -87,7 +87,7 @@ class Denoising:
 
 
 @dataclass(frozen=True)
-class _Inside:
+class Inside:
     """A path that never quite reaches its ends, where weights and gains are 0 / 0 although their product has a limit.
 
     1e-9 is far below what any schedule reaches before its end, and its fourth power is still a float32.

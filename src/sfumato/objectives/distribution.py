@@ -8,11 +8,9 @@ every n-th, so that it follows a critic that knows it. Before each jump the stud
 """
 
 import copy
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -20,25 +18,26 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from sfumato.denoiser import Cond, Denoiser, translated
-from sfumato.errors import ConfigError
 from sfumato.objectives.critics import (
     Heads,
     Listening,
+    check_counts,
+    check_said,
     check_shares,
     check_times,
     detached,
     drawn_which,
+    ended,
     rows_of,
     unmoved,
     valued,
 )
 from sfumato.objectives.denoising import Denoising, Loss
+from sfumato.objectives.endpoints import begun_with, regression, teacher_of
 from sfumato.objectives.teaching import Lesson, Teacher
 from sfumato.objectives.weights import Flat, Weight
 from sfumato.paths import Path, along, noised
 from sfumato.predictions import Prediction
-from sfumato.samplers.dpm_solver import dpmpp_2m
-from sfumato.samplers.drive import sample
 from sfumato.times import Density, Uniform
 
 
@@ -83,7 +82,7 @@ class DistributionMatching:
     times: where teacher and fake score are compared. fake_times, weight, space: how the fake score learns, as of
     `Denoising`. heads: of a discriminator on the fake score's features, or None; adversarial and contest: how much it
     counts for the student, and for the fake score's network. warmup: steps before all this, in which the student
-    learns where the teacher's flow ends, from each of its times; flow: the teacher's steps between two of them.
+    learns where the teacher's flow ends, see `endpoints`; flow: the teacher's steps between two of the times.
     """
 
     at: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
@@ -102,10 +101,7 @@ class DistributionMatching:
     def __post_init__(self) -> None:
         check_times(self.at)
         check_shares(self, "adversarial", "contest", "warmup")
-        for name in ("every", "flow"):
-            if getattr(self, name) < 1:
-                seen = str(getattr(self, name))
-                raise ConfigError(f"{name} is at least 1", where=f"objective.{name}", seen=seen)
+        check_counts(self, "every", "flow")
 
     @property
     def told(self) -> tuple[str, ...]:
@@ -123,7 +119,7 @@ class DistributionMatching:
         critic, step = lesson.critic, lesson.step
         assert isinstance(critic, FakeScore)
         if step is not None and step < self.warmup:
-            return self._regression(lesson, x0, cond, rng)
+            return self._begun(lesson, critic, x0, cond, rng)
         moves = step is not None and (step - self.warmup) % self.every == 0
         with torch.set_grad_enabled(moves):
             drawn = self.generated(lesson.student, x0, cond, rng)
@@ -132,15 +128,23 @@ class DistributionMatching:
             t, gradient, _, each = self._compared(lesson, critic, drawn, rng)
             return Loss(each.mean(), each, t, {"distance": each.mean(), "gradient": _size(gradient)})
         minimised = self._towards(lesson, critic, drawn, rng, parts) if moves else x0.new_zeros(())
-        learned, said = self._learning(lesson, critic, drawn.detach(), x0, rng, parts)
+        learned, said = self._learning(lesson.taught, critic, drawn.detach(), x0, rng, parts)
         return Loss(valued(said.value, minimised + learned), said.each, said.t, detached(parts))
+
+    def _begun(self, lesson: Lesson, critic: FakeScore, x0: Tensor, cond: Cond | None, rng: Generator | None) -> Loss:
+        """A step of the warm-up, in which the fake score learns already what the student answers."""
+        shown, drawn, rows = regression(lesson, x0, cond, rng, self.at, self.flow)
+        parts = dict(shown.parts)
+        teacher = teacher_of(lesson.taught, rows)
+        learned, _ = self._learning(teacher, critic, drawn.detach(), x0[rows.to(x0.device)], rng, parts)
+        return shown._replace(value=valued(shown.value, shown.value + learned), parts=detached(parts))
 
     def generated(self, student: Denoiser, x0: Tensor, cond: Cond | None, rng: Generator | None) -> Tensor:
         """What the student draws at one of its steps, as evenly drawn as the batch allows: like x0 (B, ...).
 
         Without gradients it walks from noise to that step, as `samplers.consistency` does, with new noise each time.
         """
-        _check_said(student, self.at)
+        check_said(student, self.at)
         path, wide = student.path, torch.promote_types(x0.dtype, torch.float32)
         which = drawn_which(len(x0), len(self.at), rng)
         t = torch.tensor(self.at, dtype=wide)[which].to(x0.device)
@@ -149,7 +153,7 @@ class DistributionMatching:
             return torch.randn((n, *x0.shape[1:]), generator=rng, dtype=x0.dtype).to(x0.device)
 
         if not self.simulate:
-            return answered(student, noised(path, x0, noise(len(x0)), t).to(x0.dtype), t, cond)
+            return ended(student, noised(path, x0, noise(len(x0)), t).to(x0.dtype), t, cond)
         x = begun_with(path, noise(len(x0)), self.at[0])
         for i, (here, there) in enumerate(pairwise(self.at)):
             rows = (which > i).nonzero()[:, 0]
@@ -157,9 +161,9 @@ class DistributionMatching:
             if not n:
                 break
             with torch.no_grad():
-                end = answered(student, x[places], t.new_full((n,), here), rows_of(cond, rows))
+                end = ended(student, x[places], t.new_full((n,), here), rows_of(cond, rows))
             x = x.index_copy(0, places, noised(path, end, noise(n), t.new_full((n,), there)).to(x.dtype))
-        return answered(student, x, t, cond)
+        return ended(student, x, t, cond)
 
     def _compared(
         self, lesson: Lesson, critic: FakeScore, drawn: Tensor, rng: Generator | None
@@ -195,7 +199,7 @@ class DistributionMatching:
 
     def _learning(
         self,
-        lesson: Lesson,
+        teacher: Teacher,
         critic: FakeScore,
         drawn: Tensor,
         x0: Tensor,
@@ -203,7 +207,7 @@ class DistributionMatching:
         parts: dict[str, Tensor],
     ) -> tuple[Tensor, Loss]:
         """What moves the fake score and its heads, and its denoising alone."""
-        denoiser, cond = critic.denoiser, lesson.taught.cond
+        denoiser, cond = critic.denoiser, teacher.cond
         with critic.listening() as heard:
             said = Denoising(self.fake_times, self.weight, self.space)(denoiser, drawn, cond, rng)
         parts["fake"] = said.value
@@ -216,53 +220,6 @@ class DistributionMatching:
         _, of_real = critic(denoiser.path, noised(denoiser.path, x0, eps, t).to(x0.dtype), t, cond)
         parts["discriminator"] = F.softplus(of_drawn).mean() + F.softplus(-of_real).mean()
         return said.value + self.contest * parts["discriminator"], said
-
-    def _regression(self, lesson: Lesson, x0: Tensor, cond: Cond | None, rng: Generator | None) -> Loss:
-        """The student's square error, at each of its times, against where the teacher's flow through there ends."""
-        rows, many = torch.arange(math.ceil(len(x0) / len(self.at))), len(self.at)
-        whole, student = lesson.taught, lesson.student
-        null = partial(_rows_of_none, whole, rows)
-        teacher = replace(whole, cond=rows_of(whole.cond, rows), null=null)
-        eps = torch.randn(x0[: len(rows)].shape, generator=rng, dtype=x0.dtype).to(x0.device)
-        begun, end = walked(teacher, eps, self.at, self.flow)
-        t = x0.new_tensor(self.at, dtype=torch.promote_types(x0.dtype, torch.float32)).repeat_interleave(len(rows))
-        told = {name: torch.cat([value] * many) for name, value in rows_of(cond, rows).items()}
-        said = answered(student, torch.cat(begun), t, told)
-        each = (said - torch.cat([end] * many)).square().flatten(1).mean(1)
-        return Loss(each.mean(), each.detach(), t, {"regression": each.mean().detach()})
-
-
-def answered(student: Denoiser, x: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
-    """Where the student says that the flow through x (B, ...) at t (B,) ends."""
-    end: Tensor = student(x, t, cond)
-    return end
-
-
-def walked(teacher: Teacher, eps: Tensor, at: Sequence[float], flow: int) -> tuple[list[Tensor], Tensor]:
-    """The teacher's path from noise by DPM-Solver++(2M): its states at some times, and its end."""
-    stops = torch.tensor([*at, 0.0], dtype=torch.float64)
-    share = torch.arange(flow, dtype=torch.float64) / flow
-    times = torch.cat([torch.lerp(a, b, share) for a, b in pairwise(stops)] + [stops[-1:]])
-    running = dpmpp_2m(teacher.path, begun_with(teacher.path, eps, at[0]), times)
-    walk = [step.x for step in sample(running, teacher.bound())]
-    return walk[:-1:flow], walk[-1]
-
-
-def begun_with(path: Path, eps: Tensor, t: float) -> Tensor:
-    """Noise as sampling begins with at a time: of the spread that x_t has for data of unit variance."""
-    first = torch.tensor(t, dtype=torch.float64)
-    return eps * math.hypot(float(path.alpha(first)), float(path.sigma(first)))
-
-
-def _rows_of_none(teacher: Teacher, rows: Tensor) -> Cond:
-    return rows_of(teacher.null(), rows)
-
-
-def _check_said(denoiser: Denoiser, at: Sequence[float]) -> None:
-    """ConfigError where an answer says nothing of the data: noise predictions at pure noise."""
-    if not bool(denoiser.prediction.determines(denoiser.path, torch.tensor(at, dtype=torch.float64)).all()):
-        what, seen = "at pure noise this prediction says nothing of the data", denoiser.prediction.name
-        raise ConfigError(what, where="objective.at", seen=f"{seen} at {at[0]:g}", fix="times below 1")
 
 
 def _size(gradient: Tensor) -> Tensor:

@@ -106,7 +106,8 @@ class Lesson:
 
     student: learns. teacher: None where the configuration names none. slow: follows the student, frozen, where the
     method says how fast. critic: learns with the student, and is not kept. step: the updates made, of `steps`; None is
-    for judging, when nothing learns. null: makes the absence of the student's condition.
+    for judging, when nothing learns. null: makes the absence of the student's condition. noise: of each sample, (B,
+    ...), where data are pairs of noise and of where the teacher's flow takes it.
     """
 
     student: Denoiser
@@ -116,6 +117,7 @@ class Lesson:
     step: int | None = None
     steps: int = 1
     null: Callable[[], Cond] = dict
+    noise: Tensor | None = None
 
     @property
     def path(self) -> Path:
@@ -135,6 +137,14 @@ class Lesson:
                 "this method needs a teacher", where="teacher", seen="none", fix="teacher=runs/quickstart"
             )
         return self.teacher
+
+    @property
+    def paired(self) -> Tensor:
+        """The noise of each sample, of a method that cannot do without. ConfigError where data are no pairs."""
+        if self.noise is None:
+            fix = "sfumato distill rectified-flow teacher=RUN"
+            raise ConfigError("this method learns from pairs", where="objective", seen="data alone", fix=fix)
+        return self.noise
 
 
 def checked_scales(scales: Scales) -> None:

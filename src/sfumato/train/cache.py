@@ -109,7 +109,7 @@ def cache_of(
         about = {
             "codec": {name: value for name, value in slot.items() if name not in ("weights", "sampled")},
             "weights": digest(coder),
-            "data": _identity(dataset),
+            "data": identity(dataset),
             "size": list(dataset.shape),
         }
         latents = LatentStore(folder, about, len(dataset), coder.shape(*dataset.shape))
@@ -256,7 +256,8 @@ def digest(module: nn.Module) -> str:
     return whole.hexdigest()
 
 
-def _identity(dataset: Dataset) -> str:
+def identity(dataset: Dataset) -> str:
+    """The digest of what a data source says that its pictures are. ConfigError for one that does not say."""
     told = getattr(dataset, "identity", None)
     if told is None:
         fix = "a method identity() that gives a text, another one where the pictures are others"

@@ -18,7 +18,7 @@ from sfumato.config import Config
 from sfumato.errors import ConfigError, MemoryShortage
 from sfumato.model import pick_device
 from sfumato.overlay import as_yaml, resolved
-from sfumato.train import checkpoint
+from sfumato.train import checkpoint, pairs
 from sfumato.train.control import under_control
 from sfumato.train.run import Run
 from sfumato.train.start import FOLDER, read_start, with_start
@@ -27,7 +27,7 @@ from sfumato.train.teaching import as_student
 
 # What a run has written before its first checkpoint: another may begin over it, if there is a run's lock beside it.
 LOGS = {".lock", "config.yaml", "log.txt", "metrics.jsonl", "loss.png", "loss_by_noise.png"}
-UNSAVED = LOGS | {"samples", "checkpoints", FOLDER}
+UNSAVED = LOGS | {"samples", "checkpoints", FOLDER, pairs.FOLDER}
 STOPPING = b"\nstopping after this step; Ctrl-C again stops at once, unsaved\n"
 
 
@@ -53,12 +53,12 @@ def train(config: Config, *, run: str | Path, resume: bool = False, stop_after: 
         precision = pick_precision(config.precision, pick_device(config.device))
         config = config.model_copy(update={"precision": precision})  # so that the folder says what was meant
         begun = read_start(config.start) if config.start is not None and not resume else None
-        if begun is not None:
+        if begun is not None and config.reparameterise is None:
             begun = begun if config.control is None else under_control(begun, config.control, config.seed)
             config = with_start(config, begun)
         if config.method is not None and not resume:
             config, begun = as_student(config, begun)
-        with closing(Run(config, folder, resume, begun)) as made:
+        with closing(Run(config, folder, resume, begun, stopping)) as made:
             files.write_atomic(folder / "config.yaml", as_yaml(resolved(config)))
             return made.go(stopping, stop_after)
 

@@ -38,8 +38,10 @@ from sfumato.train.guard import Guard
 from sfumato.train.keys import key
 from sfumato.train.log import Log
 from sfumato.train.optim import build_optimizer, learning_rate
+from sfumato.train.pairs import pairs_for
 from sfumato.train.pixels import pixels
 from sfumato.train.preview import preview, reconstructions, wanted
+from sfumato.train.reparameterise import reparameterise
 from sfumato.train.start import FOLDER, Start, model_of, read_start
 from sfumato.train.step import Outcome, Stepper
 from sfumato.train.teaching import Student, student_of
@@ -48,20 +50,28 @@ from sfumato.train.validate import Validation
 
 ROLLBACKS = 5  # more of them, and somebody should look at the run
 NAMED = 8  # pictures of a step that was skipped
-FACTS = ("start", "teacher", "lora", "control")  # of the configuration, that a model keeps
+FACTS = ("start", "teacher", "lora", "control", "reparameterise")  # of the configuration, that a model keeps
 MEASURED = 512  # pictures by which the scale of an autoencoder's latents is measured
 
 
 class Run:
     """A run of a configuration in a folder, from its beginning or from its newest whole checkpoint.
 
-    start: the model to begin with, where the configuration names one and the run is new.
+    start: the model to begin with, where the configuration names one and the run is new. stopping: whether to stop,
+    asked while pairs are made.
     step counts the steps, made or skipped, updates those that were made, images the pictures seen. pending: loss,
     gradient norm and what else the objective tells of the steps since the last row of metrics. shown: the conditions
     that are drawn on the way, or of an autoencoder's run the pictures that are reconstructed.
     """
 
-    def __init__(self, config: Config, folder: Path, resume: bool, start: Start | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        resume: bool,
+        start: Start | None = None,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.config, self.folder = config, folder
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -79,6 +89,12 @@ class Run:
         if isinstance(self.model, Student) and cache is not None and cache.states is not None:
             self.model.stored = partial(cache.cond, device=self.device)
         self.log = Log(folder, self.step, config.steps)
+        pairs = None
+        if isinstance(self.model, Student) and config.method is not None and config.method.pairs:
+            pairs, self.dataset = pairs_for(
+                config, self.model.eval(), self.dataset, folder, self.device, self.log.say, stopping
+            )
+            self.model.train()
         self.loader = Loader(
             self.dataset,
             config.batch,
@@ -87,6 +103,7 @@ class Run:
             workers=config.workers,
             holdout=config.validate_.holdout,
             latents=self.stepper.cache.latents if self.stepper.cache else None,
+            pairs=pairs,
         )
         with self._loader_closed_on_error():
             held = self.loader.held_out().tolist()
@@ -132,8 +149,11 @@ class Run:
         torch.manual_seed(key(config.seed, "weights"))
         objective = build(config.objective, "Objective")
         files_ = None if state is None else state.files
-        if config.start is None:
+        if config.start is None or config.reparameterise is not None:
             self.model = trainable(self.section, self.dataset, objective, files_)
+            if config.reparameterise is not None and start is not None:
+                assert isinstance(self.model, Model)
+                reparameterise(self.model, start, config.reparameterise.time)
         else:
             self.model = self._further(files_, start)
         if config.method is not None:

@@ -1,8 +1,9 @@
 """One optimizer step: pictures to a loss, gradients, the guards, the update."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -17,6 +18,7 @@ from sfumato.denoiser import Cond
 from sfumato.model import Model, Trainable
 from sfumato.nets.layers import BF16_ARITHMETIC
 from sfumato.objectives import Loss, Objective
+from sfumato.objectives.teaching import Lesson
 from sfumato.train.cache import Cache
 from sfumato.train.keys import generator, key
 from sfumato.train.pixels import pixels
@@ -87,7 +89,7 @@ class Stepper:
         x0 = clean(self.model, batch, self.device, generator(seed, "latents", step, micro))
         rng = generator(seed, "noise", step, micro)
         with self.autocast():
-            learner = self.model.learner(step if updates is None else updates, raw)
+            learner = self.learner(step if updates is None else updates, raw, batch)
             return self.objective(learner, x0, self.cond(raw), rng)
 
     def judged(self, batch: Batch, *address: str | int) -> Loss:
@@ -96,7 +98,15 @@ class Stepper:
         x0 = clean(self.model, batch, self.device, generator(self.config.seed, "latents", *address))
         with self.autocast():
             rng = generator(self.config.seed, *address)
-            return self.objective(self.model.learner(None, raw), x0, self.cond(raw), rng)
+            return self.objective(self.learner(None, raw, batch), x0, self.cond(raw), rng)
+
+    def learner(self, step: int | None, raw: Sequence[Raw], batch: Batch) -> Any:
+        """What the objective is called with; of pairs it is told their noise."""
+        learner = self.model.learner(step, raw)
+        if batch.pairs is None:
+            return learner
+        assert isinstance(learner, Lesson)  # pairs are made for methods only
+        return replace(learner, noise=torch.from_numpy(batch.pairs[:, 1]).to(self.device, non_blocking=True))
 
     def cond(self, raw: Sequence[Raw]) -> Cond:
         """What the network is told, computed or from the cache."""
@@ -128,6 +138,8 @@ def clean(model: Trainable, batch: Batch, device: torch.device, rng: Generator) 
 
     rng: of latents that are drawn from their distribution, where the codec has them so.
     """
+    if batch.pairs is not None:
+        return torch.from_numpy(batch.pairs[:, 0]).to(device, non_blocking=True)
     draws = bool(getattr(getattr(model, "codec", None), "sampled", False))
     if batch.moments is not None:
         mean, spread = torch.from_numpy(batch.moments).to(device, non_blocking=True).unbind(1)

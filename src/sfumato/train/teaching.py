@@ -59,7 +59,7 @@ class Student(Model):
         none = [silent(one, kept) for one in raw]
         slow = None if self.slow is None else _told_scales(self.slow)
         null = partial(self._cond, self, none)
-        return Lesson(self._own[0], self._bound(raw), slow, self.critic, step, self.steps, null)
+        return Lesson(self._own[0], self.bound(raw), slow, self.critic, step, self.steps, null)
 
     @torch.no_grad()
     def learned(self, step: int, steps: int) -> None:
@@ -94,6 +94,11 @@ class Student(Model):
             teacher.conditioner = own
         self._teacher = (teacher, guidance)
 
+    @property
+    def teacher(self) -> tuple[Model, Guidance] | None:
+        """Who teaches it, and how that one is guided."""
+        return self._teacher
+
     def cond(self, raw: Sequence[Raw]) -> Cond:
         if self.stored is not None:
             return self.stored(raw)
@@ -104,7 +109,8 @@ class Student(Model):
             self._read = (raw, super().cond(raw))
         return self._read[1]
 
-    def _bound(self, raw: Sequence[Raw]) -> Teacher | None:
+    def bound(self, raw: Sequence[Raw]) -> Teacher | None:
+        """The teacher with the conditions of a batch filled in."""
         if self._teacher is None:
             return None
         teacher, guidance = self._teacher

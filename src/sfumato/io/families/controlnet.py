@@ -5,6 +5,7 @@ skips, and one for the middle. An original file may hold a whole model too, of w
 """
 
 from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from sfumato.errors import CheckpointError, ConfigError
 from sfumato.hub import located
 from sfumato.io import parts as shared
 from sfumato.io.directory import read_description, read_weights
-from sfumato.io.families import stable
+from sfumato.io.families import stable, transformer_controls
+from sfumato.io.family import Published
 from sfumato.io.fill import unfilled
 from sfumato.io.keymap import DIFFUSERS, ORIGINAL, OURS, Line, line, renamed, some
 from sfumato.io.pretrained import read_json, read_state
-from sfumato.nets.controlnet import Controlled, ControlNet, ControlNetConfig
+from sfumato.nets.controlled import Control, ControlConfig, Controlled
+from sfumato.nets.controlnet import ControlNet, ControlNetConfig
 from sfumato.stored import FILES
 
 PREFIX = "control_model."
@@ -95,8 +98,8 @@ _HINTS: dict[str, tuple[str, Any]] = {
 }
 
 
-def read_control(path: str | Path) -> ControlNet:
-    """The control of a folder (`ControlNetModel`, a pipeline with one, a run or model of ours), here or on the hub, or
+def read_control(path: str | Path) -> Control:
+    """The control of a folder (one of diffusers, a pipeline with one, a run or model of ours), here or on the hub, or
     of an original file.
 
     CheckpointError for what is none.
@@ -114,6 +117,10 @@ def read_control(path: str | Path) -> ControlNet:
         raise CheckpointError("there is no such control", where=str(path), fix="a folder or a file of weights")
     told = read_json(path / "config.json") if path.is_dir() else {}
     state = {key: value.float() for key, value in read_state(path).items()}
+    if (kind := transformer_controls.kind_of(state)) is not None:
+        shape = transformer_controls.config_of(kind, state, str(path), told)
+        named = renamed(state, transformer_controls.lines(shape), DIFFUSERS, OURS, str(path))
+        return _filled(transformer_controls.class_of(shape), shape, named, str(path))
     if any(key.startswith(PREFIX) for key in state):
         state = {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
     layout = ORIGINAL if "time_embed.0.weight" in state else DIFFUSERS
@@ -121,7 +128,7 @@ def read_control(path: str | Path) -> ControlNet:
     return _filled(ControlNet, config, renamed(state, lines(config), layout, OURS, str(path)), str(path))
 
 
-def _own(folder: Path) -> ControlNet:
+def _own(folder: Path) -> Control:
     slot = read_description(folder)["model"]["net"]
     if not isinstance(slot, Mapping) or slot.get("kind") != "controlled":
         raise CheckpointError("this model has no control", where=str(folder), fix="a run with a section `control`")
@@ -130,10 +137,10 @@ def _own(folder: Path) -> ControlNet:
     assert isinstance(net, Controlled)
     state = read_weights(folder / "model.safetensors")
     mine = {key.removeprefix(SAVED): value for key, value in state.items() if key.startswith(SAVED)}
-    return _filled(ControlNet, net.controls[0].config, mine, str(folder))  # type: ignore[arg-type]
+    return _filled(type(net.controls[0]), net.controls[0].config, mine, str(folder))  # type: ignore[arg-type]
 
 
-def _filled(kind: type[ControlNet], config: ControlNetConfig, state: dict[str, Tensor], where: str) -> ControlNet:
+def _filled(kind: Any, config: ControlConfig, state: dict[str, Tensor], where: str) -> Any:
     with torch.random.fork_rng(devices=[]), unfilled():
         made = kind(config)
     own = made.state_dict()
@@ -145,8 +152,17 @@ def _filled(kind: type[ControlNet], config: ControlNetConfig, state: dict[str, T
     return made.eval().requires_grad_(False)
 
 
-def slot_of(config: ControlNetConfig, unet: Mapping[str, Any]) -> dict[str, Any]:
-    """The slot of a network with this control, around the slot of its U-Net."""
+def slot_of(config: ControlConfig, unet: Mapping[str, Any], base: Any = None) -> dict[str, Any]:
+    """The slot of a network with this control, around the slot of its U-Net, or transformer. base: of a transformer,
+    its config.
+    """
+    if not isinstance(config, ControlNetConfig):
+        plain = {one.name: getattr(config, one.name) for one in fields(config) if one.name != "net"}
+        usual = {one.name: one.default for one in fields(config)}
+        own = {name: value for name, value in plain.items() if value != usual[name]}
+        shape = {name: value for name, value in vars(config.net).items() if value != getattr(base, name)}
+        found = {name: list(v) if isinstance(v, tuple) else v for name, v in {**shape, **own}.items() if name != "size"}
+        return {"kind": "controlled", "net": dict(unet), "blocks": found}
     slot: dict[str, Any] = {"kind": "controlled", "net": dict(unet), "hint": list(config.hint)}
     slot |= {"colours": config.colours, "bgr": config.bgr}
     shape = {name: getattr(config.unet, name) for name in unet if name not in ("kind", "size", "out_channels")}
@@ -155,14 +171,54 @@ def slot_of(config: ControlNetConfig, unet: Mapping[str, Any]) -> dict[str, Any]
     return slot | ({"unet": other} if other else {})
 
 
-def joined(net: Mapping[str, Tensor], control: ControlNet) -> dict[str, Tensor]:
+def hint_of(config: ControlConfig, field: str = "control") -> dict[str, Any]:
+    """The slot of the conditioner that gives a control its picture."""
+    told: dict[str, Any] = {"kind": "hint", "field": field}
+    if not config.latents:
+        return told
+    return {**told, "through": "unshifted" if getattr(config, "unpooled", False) else "codec"}
+
+
+def parted(net: torch.nn.Module) -> tuple[torch.nn.Module, Control | None]:
+    """A network and its control, where it has one; several of them have no published form, and the network is all."""
+    if not isinstance(net, Controlled) or len(net.controls) != 1:
+        return net, None
+    return net.net, net.controls[0]  # type: ignore[return-value]
+
+
+def beside(found: Published, folder: Path, index: Mapping[str, Any], base: Any) -> Published:
+    """What was read of a transformer's folder, with the control that lies in it. base: the transformer's config.
+    CheckpointError where it holds several.
+    """
+    kind = str(index[PART][1])
+    if kind not in transformer_controls.MARKS:
+        fix = "--control, once for each"
+        raise CheckpointError("a folder holds one control", where=str(folder), seen=kind, fix=fix)
+    control, head = read_control(folder / PART), "conditioner."
+    inner = {name: value for name, value in found.state.items() if name.startswith("net.")}
+    text = {name: value for name, value in found.state.items() if name.startswith(head)}
+    rest = {name: value for name, value in found.state.items() if not name.startswith(("net.", head))}
+    conditioner = found.section["conditioner"]
+    slot, moved, files = shared.join_text(conditioner, text, found.files, hint_of(control.config))
+    net = slot_of(control.config, found.section["net"], base)
+    section = {**found.section, "net": net, "conditioner": slot}
+    return replace(found, section=section, state=rest | joined(inner, control) | moved, files=files)
+
+
+def joined(net: Mapping[str, Tensor], control: Control) -> dict[str, Tensor]:
     """The weights of a U-Net, whose names begin with `net.`, and of its control, as those of one network."""
     inner = {f"net.{key}": value for key, value in net.items()}
     return inner | {f"{SAVED}{key}": value for key, value in control.state_dict().items()}
 
 
-def write_control(folder: Path, control: ControlNet, dtype: torch.dtype) -> None:
-    """diffusers' ControlNetModel."""
+def write_control(folder: Path, control: Control, dtype: torch.dtype) -> None:
+    """diffusers' folder of it."""
+    if not isinstance(control, ControlNet):
+        version = {"_diffusers_version": shared.VERSION}
+        shared.write_json(folder / "config.json", transformer_controls.described(control.config) | version)
+        named = renamed(control.state_dict(), transformer_controls.lines(control.config), OURS, DIFFUSERS, str(folder))
+        shared.write_part(folder / shared.WEIGHTS, named, dtype)
+        return
     shared.write_json(folder / "config.json", _config(control.config))
     state = renamed(control.state_dict(), lines(control.config), OURS, DIFFUSERS, str(folder))
     shared.write_part(folder / shared.WEIGHTS, state, dtype)

@@ -20,12 +20,13 @@ PATCH = 2  # latents are packed outside of the published networks, so that this 
 
 def lines(config: FluxConfig) -> list[Line]:
     """Every module of a FLUX transformer of this shape."""
-    doubles = (each for i in range(config.double) for each in _double(i))
-    singles = (each for i in range(config.single) for each in _single(i, config))
-    return [*_ends(config), *doubles, *singles]
+    doubles = (each for i in range(config.double) for each in double(i))
+    singles = (each for i in range(config.single) for each in single(i, config))
+    return [*entrance(config), *_head(), *doubles, *singles]
 
 
-def _ends(config: FluxConfig) -> Iterator[Line]:
+def entrance(config: FluxConfig) -> Iterator[Line]:
+    """Everything before the blocks."""
     yield line(ours="entry", diffusers="x_embedder", original="img_in")
     yield line(ours="context", diffusers="context_embedder", original="txt_in")
     embeddings = [("time.mlp", "timestep_embedder", "time_in"), ("pooled", "text_embedder", "vector_in")]
@@ -34,6 +35,9 @@ def _ends(config: FluxConfig) -> Iterator[Line]:
         for i, name, origin in ((0, "linear_1", "in_layer"), (2, "linear_2", "out_layer")):
             there = f"time_text_embed.{theirs}.{name}"
             yield line(ours=f"{ours}.{i}", diffusers=there, original=f"{original}.{origin}")
+
+
+def _head() -> Iterator[Line]:
     yield line(
         ours="head.modulation.1",
         diffusers="norm_out.linear",
@@ -43,7 +47,8 @@ def _ends(config: FluxConfig) -> Iterator[Line]:
     yield line(ours="head.out", diffusers="proj_out", original="final_layer.linear")
 
 
-def _double(i: int) -> Iterator[Line]:
+def double(i: int) -> Iterator[Line]:
+    """A double block."""
     theirs, original = f"transformer_blocks.{i}", f"double_blocks.{i}"
     for stream, norm, feed, names, origin in (
         ("image", "norm1", "ff", ("to_q", "to_k", "to_v", "to_out.0", "norm_q", "norm_k"), "img"),
@@ -69,7 +74,8 @@ def _double(i: int) -> Iterator[Line]:
         yield line(ours=f"{ours}.feed.down", diffusers=f"{theirs}.{feed}.net.2", original=f"{there}_mlp.2")
 
 
-def _single(i: int, config: FluxConfig) -> Iterator[Line]:
+def single(i: int, config: FluxConfig) -> Iterator[Line]:
+    """A single block."""
     ours, theirs, original = f"single_blocks.{i}", f"single_transformer_blocks.{i}", f"single_blocks.{i}"
     yield line(ours=f"{ours}.modulation.1", diffusers=f"{theirs}.norm.linear", original=f"{original}.modulation.lin")
     shares = (config.dim,) * 3 + (int(config.dim * config.mlp_ratio),)

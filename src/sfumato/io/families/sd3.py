@@ -22,10 +22,12 @@ HEAD = 64  # channels, where nothing tells
 
 def lines(config: MMDiTConfig) -> list[Line]:
     """Every module of an MMDiT of this shape."""
-    return [*_ends(config), *(each for i in range(config.depth) for each in _block(i, config))]
+    blocks = (each for i in range(config.depth) for each in block(i, config, last=i + 1 == config.depth))
+    return [*entrance(), *_head(), *blocks]
 
 
-def _ends(config: MMDiTConfig) -> Iterator[Line]:
+def entrance() -> Iterator[Line]:
+    """Everything before the blocks."""
     embed = "time_text_embed"
     yield line(ours="entry", diffusers="pos_embed.proj", original="x_embedder.proj")
     yield line(ours="positions", diffusers="pos_embed.pos_embed", original="pos_embed", bare=True)
@@ -33,6 +35,9 @@ def _ends(config: MMDiTConfig) -> Iterator[Line]:
     for i, name in ((0, "linear_1"), (2, "linear_2")):
         yield line(ours=f"time.mlp.{i}", diffusers=f"{embed}.timestep_embedder.{name}", original=f"t_embedder.mlp.{i}")
         yield line(ours=f"pooled.{i}", diffusers=f"{embed}.text_embedder.{name}", original=f"y_embedder.mlp.{i}")
+
+
+def _head() -> Iterator[Line]:
     yield line(
         ours="head.modulation.1",
         diffusers="norm_out.linear",
@@ -42,8 +47,8 @@ def _ends(config: MMDiTConfig) -> Iterator[Line]:
     yield line(ours="head.out", diffusers="proj_out", original="final_layer.linear")
 
 
-def _block(i: int, config: MMDiTConfig) -> Iterator[Line]:
-    last = i + 1 == config.depth
+def block(i: int, config: MMDiTConfig, *, last: bool) -> Iterator[Line]:
+    """A joint block. last: its words are only attended to."""
     image, theirs, original = f"blocks.{i}.image", f"transformer_blocks.{i}", f"joint_blocks.{i}.x_block"
     yield from _stream(image, theirs, original, "norm1", "ff", swapped=False)
     names = ("to_q", "to_k", "to_v", "to_out.0", "norm_q", "norm_k")

@@ -19,7 +19,8 @@ from sfumato.io.family import Published
 from sfumato.io.keymap import DIFFUSERS, OURS, renamed
 from sfumato.io.pretrained import read_json, read_state
 from sfumato.model import Model
-from sfumato.nets.controlnet import Controlled, ControlNet
+from sfumato.nets.controlled import Controlled
+from sfumato.nets.controlnet import ControlNet
 from sfumato.nets.stable_unet import StableUNet
 from sfumato.paths import Tabulated
 from sfumato.text.joined import WAVES

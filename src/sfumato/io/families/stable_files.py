@@ -20,7 +20,7 @@ from sfumato.io.family import Published
 from sfumato.io.keymap import ORIGINAL, OURS, renamed, some
 from sfumato.io.pretrained import codec_of, read_json
 from sfumato.model import Model
-from sfumato.nets.controlnet import Controlled
+from sfumato.nets.controlled import Controlled
 from sfumato.nets.stable_unet import StableUNet
 
 VAE = autoencoder.PREFIXES[0]
