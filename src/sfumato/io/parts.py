@@ -52,7 +52,9 @@ def write_part(path: Path, state: Mapping[str, Tensor], dtype: torch.dtype) -> N
 def write_index(place: Path, kind: str, parts: Mapping[str, Any], model: Model) -> None:
     """model_index.json, and beside it what it has no place for."""
     write_json(place / INDEX, {"_class_name": kind, "_diffusers_version": VERSION, **dict(sorted(parts.items()))})
-    own = {"sampling": model.spec["sampling"], "size": model.spec["size"], "facts": model.facts}
+    own = {name: model.spec[name] for name in ("sampling", "size")} | {"facts": model.facts}
+    if "answers" in model.spec["model"]:  # of a student, which nothing else tells
+        own["answers"] = model.spec["model"]["answers"]
     write_json(place / OWN, own)
 
 
