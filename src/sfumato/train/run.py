@@ -365,7 +365,7 @@ class Run:
             adapter, weights = adapters.trained_adapter(self.model), adapters.merged_weights(self.model)
         file = self.folder / f"lora{end}.safetensors"
         write_adapter(file, adapter, parts_of(self.model), base=self.config.start)
-        return weights
+        return {name: value for name, value in weights.items() if self.model.is_kept(name)}
 
     def _some(self, n: int) -> Iterator[torch.Tensor]:
         """The first pictures that training sees, in batches."""
