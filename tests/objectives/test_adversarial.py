@@ -113,6 +113,19 @@ def test_the_penalty_smooths_the_heads() -> None:
     torch.testing.assert_close(slopes[1] - slopes[0], lesson.critic.weight.detach())  # of |w|^2 / 2
 
 
+def test_in_the_warm_up_the_heads_learn_and_the_student_learns_from_the_teacher_alone() -> None:
+    objective = Adversarial(Linearly, warmup=1)
+    x0 = torch.randn(16, 2, generator=rng(1), dtype=torch.float64)
+    lesson = lesson_on(Linear(), objective)
+    loss = objective(lesson, x0, rng=rng())
+    loss.value.backward()
+    assert torch.equal(loss.value.detach(), loss.parts["regression"]) and "discriminator" in loss.parts
+    assert isinstance(lesson.critic, Linearly) and lesson.critic.weight.grad is not None
+    strong = lesson_on(Linear(), objective)
+    replace(objective, adversarial=100.0)(strong, x0, rng=rng()).value.backward()
+    assert torch.equal(strong.student.net.by.grad, lesson.student.net.by.grad)
+
+
 def test_judged_nothing_is_contested_and_the_number_is_the_distance() -> None:
     objective = Adversarial(Linearly)
     x0 = torch.randn(16, 2, generator=rng(1), dtype=torch.float64)
@@ -151,6 +164,5 @@ def test_a_student_draws_a_mixture_in_few_steps() -> None:
         objective(replace(lesson, step=i), data.draw(256, rng(i)).float(), rng=rng(i)).value.backward()
         optimizer.step()
     seen = {steps: (apart(student, steps), apart(teacher, steps)) for steps in (1, 2, 4)}
-    print(seen)
     for steps, (own, before) in seen.items():
         assert own < 0.12 and own < before / 2, (steps, own, before)
