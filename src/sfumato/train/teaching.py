@@ -31,6 +31,7 @@ from sfumato.settings import Settings
 from sfumato.train.keys import key
 from sfumato.train.start import Start
 
+BOUNDARY = 0.1  # the noise level below which a student that predicts x0 is given x itself
 SLOW, CRITIC = "slow", "critic"  # the parts beside a student's own
 EMBEDDED = 256  # the width at which published latent consistency models embed the guidance
 
@@ -137,7 +138,8 @@ def as_student(config: Config, begun: Start | None) -> tuple[Config, Start | Non
         raise ConfigError(what, where="lora", seen=seen, fix="lora=null, or an objective that tells nothing")
     found = {**section, "net": _telling(section["net"], method.told), "answers": list(line.answers)}
     if line.boundary and section["prediction"]["kind"] == "x0":
-        found["prediction"] = {"kind": "bounded"}  # nearly what it was, and x itself at the data
+        # nearly what it was, and x itself at the data; the level is written out, for a model must not hang on a default
+        found["prediction"] = {"kind": "bounded", "level": BOUNDARY}
     changed = type(config.model).model_validate(found)
     config = config.model_copy(update={"model": changed})
     if begun is None:
