@@ -14,11 +14,9 @@ from torch import Tensor
 
 from sfumato.config import Config, ModelSection, SamplingSection
 from sfumato.errors import CheckpointError
-from sfumato.io.directory import load_model
 from sfumato.io.fill import fill_weights, unfilled
-from sfumato.io.published import is_published, load_published
+from sfumato.io.models import model_folder, read_model
 from sfumato.model import Model, build_model
-from sfumato.pipeline import model_folder
 
 FOLDER = "start"  # of a run that trains an adapter: the model that is changed
 
@@ -39,7 +37,7 @@ def read_start(path: str | Path) -> Start:
         raise CheckpointError(
             "there is no model to start from", where="start", seen=str(path), fix="a run, a model, or a folder"
         )
-    model = load_published(folder) if is_published(folder) else load_model(folder)
+    model = read_model(folder)
     return Start(model.spec, model.weights(), model.files(), str(path))
 
 
