@@ -30,12 +30,15 @@ class Start(NamedTuple):
     where: str
 
 
-def read_start(path: str | Path) -> Start:
-    """The model of a run, a model directory, a folder of diffusers, a file, or of the hub. CheckpointError for none."""
+def read_start(path: str | Path, key: str = "start") -> Start:
+    """The model of a run, a model directory, a folder of diffusers, a file, or of the hub. CheckpointError for none.
+
+    key: of the configuration, that names it.
+    """
     folder = model_folder(path)
     if not folder.exists():
         raise CheckpointError(
-            "there is no model to start from", where="start", seen=str(path), fix="a run, a model, or a folder"
+            "there is no model to start from", where=key, seen=str(path), fix="a run, a model, or a folder"
         )
     model = read_model(folder)
     return Start(model.spec, model.weights(), model.files(), str(path))
