@@ -28,7 +28,7 @@ from sfumato.settings import Settings
 from sfumato.train.keys import key
 from sfumato.train.start import Start
 
-BOUNDARY = 0.1  # the noise level below which a student that predicts x0 is given x itself
+BOUNDARY = 0.03  # the noise level below which a student that predicts x0 is given x itself
 SLOW, CRITIC = "slow", "critic"  # the parts beside a student's own
 EMBEDDED = 256  # the width at which published latent consistency models embed the guidance
 
