@@ -180,8 +180,8 @@ def test_names_shapes_and_counts_at_full_size(name: str, options: dict[str, Any]
 # Whole pipelines
 
 
-def pipeline_of(folder: Path, prediction: str) -> Any:
-    words, text = tokenizer(folder / "made"), encoder()
+def pipeline_of(folder: Path, prediction: str, text: Any = None, net: dict[str, Any] | None = None) -> Any:
+    words, text = tokenizer(folder / "made"), text or encoder()
     vae = diffusers.AutoencoderKL(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -198,7 +198,7 @@ def pipeline_of(folder: Path, prediction: str) -> Any:
         steps_offset=1,
         prediction_type=prediction,
     )
-    unet = diffusers.UNet2DConditionModel(**SMALL)
+    unet = diffusers.UNet2DConditionModel(**{**SMALL, **(net or {})})
     made = diffusers.StableDiffusionPipeline(
         randomised(vae, 3),
         randomised(text, 4),

@@ -14,7 +14,7 @@ from torch import Tensor
 from sfumato.codecs import Latents
 from sfumato.errors import CheckpointError, ConfigError
 from sfumato.io import parts as shared
-from sfumato.io.families import autoencoder, stable
+from sfumato.io.families import autoencoder, encoders, stable
 from sfumato.io.families.encoders import SD1, SD2, SDXL, SDXL_REFINER, Place
 from sfumato.io.family import Published
 from sfumato.io.keymap import ORIGINAL, OURS, renamed, some
@@ -41,6 +41,7 @@ LEFT_OVER = (
     "scale_factor",
     "sqrt_",
 )
+LEFT = "left out"  # the fact that says so
 SCALES = {"sd": 0.18215, "xl": 0.13025}
 XL = ("xl", "refiner")  # of the versions those that are told sizes
 OPENCLIP = 1024  # the width of the words that version 2 is told
@@ -95,7 +96,8 @@ def read(
         "conditioner": conditioner,
     }
     size = [int(one) * 2 ** (len(codec["channels"]) - 1) for one in shared.pair(shared.as_size(side))]
-    return Published(section, size, {**sampling, **own}, net | latents | text, files, {"from": file.name})
+    facts = {"from": file.name} | _left_out(state, kind)
+    return Published(section, size, {**sampling, **own}, net | latents | text, files, facts)
 
 
 def write(model: Model, kind: str) -> dict[str, Tensor]:
@@ -121,6 +123,15 @@ def _checked(state: Mapping[str, Tensor], kind: str, where: str) -> None:
         raise CheckpointError(
             f"{len(odd)} weights belong to no part of this model", where=where, seen=some(odd), fix="a whole model"
         )
+
+
+def _left_out(state: Mapping[str, Tensor], kind: str) -> dict[str, str]:
+    """What a file has and the model has not, in words, for its facts."""
+    text = [key for place in places(kind) for key in encoders.unread(state, place)]
+    rest = [key for key in state if key.startswith(LEFT_OVER)]
+    said = [f"{len(text)} weights of text encoders that nothing reads ({some(text)})"] if text else []
+    said += [f"{len(rest)} left by training ({some({key.partition('.')[0] for key in rest})})"] if rest else []
+    return {LEFT: "; ".join(said)} if said else {}
 
 
 def _scheduler(parts: Path | None, kind: str, where: str) -> tuple[dict[str, Any], str, dict[str, Any]]:
