@@ -111,6 +111,7 @@ COUPLINGS = {
 }
 OBJECTIVES = {
     "denoising": "sfumato.objectives.denoising:Denoising",
+    "hybrid": "sfumato.objectives.hybrid:Hybrid",
     "vdm": "sfumato.objectives.vdm:VDM",
     "autoencoder": "sfumato.objectives.autoencoding:Autoencoding",
     "guidance": "sfumato.objectives.guidance:GuidanceDistillation",
