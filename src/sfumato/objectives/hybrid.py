@@ -8,9 +8,10 @@ step has the variance of p(x_s | x_t), the posterior's and what x0 leaves open: 
 """
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Generator, Tensor
@@ -80,7 +81,11 @@ class Hybrid:
         The divergence of the model's step from the posterior, and for i = 0 the likelihood of the data. mean: the
         model's E[x0 | x_t]. share: -1 for the posterior's variance, 1 for the forward kernel's, logarithms between.
         """
-        table = _table(path, self.count(path)).to(x0.device)[i].to(torch.promote_types(x0.dtype, torch.float32))
+        table = (
+            _table(cast(Hashable, path), self.count(path))
+            .to(x0.device)[i]
+            .to(torch.promote_types(x0.dtype, torch.float32))
+        )
         small, large, by = (along(column, x0) for column in table.unbind(1))
         log_var = (small + large) / 2 + share * (large - small) / 2
         apart = (by * (x0 - mean)) ** 2 * torch.exp(-log_var)
