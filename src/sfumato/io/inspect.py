@@ -204,7 +204,9 @@ def _file(file: Path, read: Read) -> dict[str, Any]:
     found = read(file)
     if any(".lora_" in name or "lora_down" in name or "lora_A" in name for name in found.shapes):
         return {"kind": "LoRA", **_lora(found), **found.counted()}
-    family = next((name for name, one in families().items() if one.knows(found.shapes.keys())), None)
+    alone = any(name.startswith(("controlnet_", "zero_convs.")) for name in found.shapes)  # a control and no network
+    known = {} if alone else families()
+    family = next((name for name, one in known.items() if one.knows(found.shapes.keys())), None)
     if family == "ddpm" and is_of_two_axes(found.shapes):
         family = "consistency"  # whose files have the same names
     parts = {name: found.under(beginnings) for name, beginnings in PARTS.items()}
