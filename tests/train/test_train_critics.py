@@ -8,9 +8,11 @@ from runs import kept, rows_of, stopped
 
 from sfumato import load
 from sfumato.config import Config
+from sfumato.errors import ConfigError
 from sfumato.io.directory import load_model, read_weights
 from sfumato.overlay import as_yaml, load_config, resolved
 from sfumato.train import checkpoint, train
+from sfumato.train.optim import learning_rate
 from sfumato.train.run import Run
 from sfumato.train.start import read_start, with_start
 from sfumato.train.teaching import as_student
@@ -43,14 +45,17 @@ def student(teacher: Path, method: str, *overrides: str) -> Config:
     return load_config(str(file), (f"teacher={teacher}", METHODS[method], *more, *overrides)).config
 
 
+def begun(teacher: Path, folder: Path, method: str, *overrides: str) -> Run:
+    """A student's run that has not made a step."""
+    config = student(teacher, method, *overrides)
+    config, start = as_student(with_start(config, found := read_start(str(config.start))), found)
+    folder.mkdir()
+    return Run(config, folder, False, start)
+
+
 @pytest.mark.parametrize("optim", ["muon", "adamw"])
 def test_where_the_student_stands_still_it_does_so_to_the_last_bit(teacher: Path, tmp_path: Path, optim: str) -> None:
-    config = student(teacher, "matching", f"optim.kind={optim}", "optim.options={weight_decay: 0.1}")
-    folder = tmp_path / "run"
-    folder.mkdir()
-    begun = read_start(str(config.start))
-    config, begun = as_student(with_start(config, begun), begun)
-    run = Run(config, folder, False, begun)
+    run = begun(teacher, tmp_path / "run", "matching", f"optim.kind={optim}", "optim.options={weight_decay: 0.1}")
     try:
         for step in range(8):
             before = {name: value.clone() for name, value in run.weights.items()}
@@ -62,6 +67,41 @@ def test_where_the_student_stands_still_it_does_so_to_the_last_bit(teacher: Path
             assert changed - of_student, step
     finally:
         run.close()
+
+
+@pytest.mark.parametrize("optim", ["muon", "adamw"])
+@methods
+def test_a_critic_may_learn_at_a_rate_of_its_own(teacher: Path, tmp_path: Path, method: str, optim: str) -> None:
+    """By the same schedule; and where its rate is the student's, nothing is another to the last bit."""
+    schedule = f"optim={{kind: {optim}, lr: 0.01, warmup: 4, decay: linear, decay_fraction: 0.25}}"
+    for folder, rate in (("plain", "null"), ("same", 0.01)):
+        train(student(teacher, method, schedule, f"optim.critic_lr={rate}"), run=tmp_path / folder)
+    names = {name for name in kept(tmp_path / "plain") if "config" not in name and "log" not in name}
+    one, other = kept(tmp_path / "plain"), kept(tmp_path / "same")
+    assert [name for name in names if name.endswith(".safetensors") and one[name] != other[name]] == []
+
+    run = begun(teacher, tmp_path / "own", method, schedule, "optim.critic_lr=1e-9")
+    groups = run.optimizer.param_groups
+    names_of = {p: name for name, p in run.weights.items()}
+    assert sorted(names_of[p] for group in groups for p in group["params"]) == sorted(run.weights)
+    assert all(len({run.model.is_kept(names_of[p]) for p in group["params"]}) == 1 for group in groups)
+    try:
+        before = {name: value.detach().clone() for name, value in run.weights.items()}
+        for step in range(8):
+            run._advance()
+            for group in groups:
+                share = 1.0 if run.model.is_kept(names_of[group["params"][0]]) else 1e-7
+                assert group["lr"] == pytest.approx(share * learning_rate(step, run.config))
+        for name, value in run.weights.items():
+            moved = float((value.detach() - before[name]).abs().max())
+            assert (moved < 1e-6) == (not run.model.is_kept(name)), name
+    finally:
+        run.close()
+
+
+def test_a_rate_of_a_critic_that_there_is_not_is_named(teacher: Path) -> None:
+    with pytest.raises(ConfigError, match=r"optim\.critic_lr is of a critic, and the objective guidance has none"):
+        student(teacher, "matching", "objective={kind: guidance}", "optim.critic_lr=0.1")
 
 
 @pytest.mark.parametrize("lora", ["null", "{rank: 2}"])
