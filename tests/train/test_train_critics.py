@@ -15,7 +15,7 @@ from sfumato.train import checkpoint, train
 from sfumato.train.optim import learning_rate
 from sfumato.train.run import Run
 from sfumato.train.start import read_start, with_start
-from sfumato.train.teaching import as_student
+from sfumato.train.teaching import BOUNDARY, Student, as_student
 
 MATCHING = (
     "objective={kind: distribution_matching, at: [1.0, 0.5], every: 3, warmup: 2, heads: {kind: features, width: 8}}"
@@ -113,6 +113,49 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(teacher: Path, tmp_path: Path
     one, other = kept(tmp_path / "whole"), kept(tmp_path / "parts")
     assert one.keys() == other.keys()
     assert [name for name in one if one[name] != other[name]] == []
+
+
+@pytest.fixture(scope="module")
+def other(teacher: Path) -> tuple[Path, Path]:
+    """A teacher that predicts x0, and its student by consistency distillation, which has a boundary."""
+    from tests.train.conftest import small
+
+    short = ("steps=4", "optim={lr: 0.02, warmup: 0}")
+    train(small(*short, "model.prediction=x0"), run=(of_x0 := teacher.parent / "of_x0"))
+    config = student(of_x0, "matching", "objective={kind: consistency_distillation, points: 8}", *short)
+    train(config, run=(ends := teacher.parent / "ends"))
+    return of_x0, ends
+
+
+@methods
+def test_a_student_may_begin_as_another_student_without_a_warm_up(
+    other: tuple[Path, Path], tmp_path: Path, method: str
+) -> None:
+    """Its boundary comes along. The teacher judges, and the critic is made of the teacher."""
+    (of_x0, ends), more = other, ("objective.warmup=0", "optim={lr: 0.002, warmup: 0}")
+    run = begun(of_x0, tmp_path / "begun", method, f"start={ends}", *more)
+    run.close()
+    taught, first = load_model(of_x0 / "model").weights(), load_model(ends / "model").weights()
+    assert isinstance(run.model, Student) and run.model.teacher is not None
+    for own, theirs in ((run.model, first), (run.model.teacher[0], taught)):
+        assert all(torch.equal(value, theirs[name]) for name, value in own.weights().items() if name in theirs)
+    if method == "matching":
+        fake = {name: value for name, value in run.weights.items() if name.startswith("critic.denoiser.")}
+        assert fake and all(
+            torch.equal(value, taught[name.removeprefix("critic.denoiser.")]) for name, value in fake.items()
+        )
+    train(student(of_x0, method, f"start={ends}", *more), run=tmp_path / "run")
+    model = load_model(tmp_path / "run/model")
+    assert model.spec["model"]["prediction"] == {"kind": "bounded", "level": BOUNDARY}
+    assert model.facts["start"] == str(ends) and model.facts["teacher"] == str(of_x0)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        cond = model.cond([{"caption": "a red square"}] * 2)
+        torch.testing.assert_close(model(x, 1e-4, cond), x, rtol=0, atol=1e-3)
+    assert not all(torch.equal(first[name], value) for name, value in model.weights().items())
+    assert "regression" not in set().union(*rows_of(tmp_path / "run"))
+    for steps in (1, 2):
+        assert load(tmp_path / "run", "cpu").sample("a red square", steps=steps).images.shape == (1, 32, 32, 3)
 
 
 @methods
