@@ -173,6 +173,39 @@ def test_the_critic_is_in_checkpoints_and_not_in_the_model(teacher: Path, tmp_pa
         assert load(tmp_path / "run", "cpu").sample("a red square", steps=steps).images.shape == (1, 32, 32, 3)
 
 
+@pytest.mark.parametrize("net", ["dit", "unet"])
+def test_a_second_head_learns_along_and_is_not_kept(tmp_path: Path, net: str) -> None:
+    from tests.train.conftest import small
+
+    shape = {
+        "dit": "{told: [until]}",
+        "unet": "{kind: unet, patch: 4, channels: [8, 16], blocks: 1, attention: [0, 1], told: [until]}",
+    }
+    config = small(
+        f"model.net={shape[net]}",
+        "model.answers=[jump]",
+        "model.time_input=time",
+        "objective={kind: improved_meanflow, head: auxiliary}",
+        "steps=4",
+        "checkpoint.every=4",
+        "optim={lr: 0.01, critic_lr: 0.02, warmup: 0}",
+    )
+    train(config, run=tmp_path / "whole")
+    stopped(config, tmp_path / "parts", 2)
+    train(load_config(str(tmp_path / "parts/config.yaml")).config, run=tmp_path / "parts", resume=True)
+    one, other = kept(tmp_path / "whole"), kept(tmp_path / "parts")
+    assert [name for name in one if one[name] != other.get(name)] == []
+    newest = read_weights(checkpoint.found(tmp_path / "whole/checkpoints")[0] / "model.safetensors")
+    last = "head" if net == "dit" else "exit"
+    heads = {name.removeprefix("critic.layer."): value for name, value in newest.items() if name.startswith("critic.")}
+    firsts = {
+        name.removeprefix(f"net.{last}."): value for name, value in newest.items() if name.startswith(f"net.{last}.")
+    }
+    assert heads.keys() == firsts.keys() and not all(torch.equal(heads[name], firsts[name]) for name in heads)
+    assert not any("critic" in name for name in load_model(tmp_path / "whole/model").weights())
+    assert {"error", "head"} <= set(rows_of(tmp_path / "whole")[0])
+
+
 def test_a_low_rank_change_is_a_student_too(teacher: Path, tmp_path: Path) -> None:
     """Its critic is the whole network all the same."""
     train(student(teacher, "matching", "lora={rank: 2}", "steps=4"), run=tmp_path / "run")
