@@ -46,6 +46,7 @@ from sfumato.train.reparameterise import reparameterise
 from sfumato.train.start import FOLDER, Start, model_of, read_start
 from sfumato.train.step import Outcome, Stepper
 from sfumato.train.teaching import Student, student_of
+from sfumato.train.timing import Timing
 from sfumato.train.trainable import trainable
 from sfumato.train.validate import Validation
 
@@ -86,6 +87,7 @@ class Run:
         if kept is not None:
             told += self._restore(*kept)
         self._check_room()
+        self.timing = Timing(folder, self.step, self.device, config.precision)
         self.stepper.cache = cache = cache_for(config, self.model, self.dataset)
         if isinstance(self.model, Student) and cache is not None and cache.states is not None:
             self.model.stored = partial(cache.cond, device=self.device)
@@ -316,6 +318,7 @@ class Run:
             )
         checkpoint.save(self.checkpoints, self.step, self._state(), self.config.checkpoint.keep)
         self._save_models()
+        self.timing.write(self.step)
         self.log.paused(time.perf_counter() - started)
 
     def _state(self) -> State:
