@@ -20,7 +20,7 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
 from sfumato.denoiser import JUMP, Cond, Denoiser, joined
-from sfumato.derivatives import along_direction
+from sfumato.derivatives import along_direction, widened
 from sfumato.errors import ConfigError
 from sfumato.guidance.core import Interval
 from sfumato.objectives.denoising import Loss
@@ -286,8 +286,10 @@ def change(
     the jump's end and pure noise.
     """
 
+    wide = widened(cond)
+
     def answer(x: Tensor, at: Tensor) -> Tensor:
-        said: Tensor = student(x, at, cond, to=JUMP, until=until)
+        said: Tensor = student(x, at, wide, to=JUMP, until=until)
         return said
 
     if difference == 0:
