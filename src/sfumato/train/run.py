@@ -28,6 +28,7 @@ from sfumato.data.order import indices
 from sfumato.errors import CheckpointError, ConfigError, DataError, Interrupted, MachineError
 from sfumato.io.directory import save_model
 from sfumato.model import AutoencoderModel, Model, build_model, compile_net, pick_device
+from sfumato.objectives.denoising import Phased
 from sfumato.overlay import resolved
 from sfumato.train import checkpoint
 from sfumato.train.cache import cache_for
@@ -219,6 +220,8 @@ class Run:
             why = f"loss {outcome.loss:g}, gradient norm {outcome.norm:g}"
             self._skip("not finite: " + why, batches)
             return False
+        if isinstance(self.stepper.objective, Phased):
+            self.guard.entered(self.stepper.objective.phase(self.updates, self.config.steps))
         score = self.guard.spike(outcome.loss)
         if score is None:
             return True

@@ -22,6 +22,7 @@ from sfumato.objectives import Loss, Objective
 from sfumato.objectives.teaching import Lesson
 from sfumato.train.cache import Cache
 from sfumato.train.keys import generator, key
+from sfumato.train.optim import set_rate
 from sfumato.train.pixels import pixels
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -119,8 +120,7 @@ class Stepper:
 
     def update(self, rate: float) -> None:
         """Moves the weights by gradients that `gradients` found finite: a scaler, which looks at them too, agrees."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimizer, rate)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
