@@ -159,9 +159,10 @@ class Run:
                 reparameterise(self.model, start, config.reparameterise.time)
         else:
             self.model = self._further(files_, start)
+        self.model.to(self.device)
         if config.method is not None:
-            self.model = student_of(self.model, config, objective, self.device)
-        self.model.to(self.device).train()
+            self.model = student_of(self.model, config, objective, self.device).to(self.device)
+        self.model.train()
         self.weights = self.model.trained()
         self.averaged = {name: p for name, p in self.weights.items() if self.model.is_kept(name)}
         self.optimizer = build_optimizer(self.model, config)
