@@ -11,8 +11,7 @@ from oracles import Gaussian
 from sfumato.denoiser import VARIANCE, Denoiser
 from sfumato.errors import ConfigError
 from sfumato.learned import Learned
-from sfumato.objectives import Denoising, Hybrid
-from sfumato.objectives.hybrid import _table
+from sfumato.objectives import Denoising, Hybrid, hybrid
 from sfumato.objectives.weights import MinSNR
 from sfumato.paths import Cosine, Linear, Path, Tabulated, VarianceExploding, VariancePreserving, along, posterior
 from sfumato.predictions import EPS, VELOCITY, X0, Prediction, V
@@ -22,6 +21,10 @@ MEAN = torch.tensor([0.2, -0.1, 0.4], dtype=torch.float64)
 EXACT = Gaussian(MEAN, STD)
 PATHS: tuple[Path, ...] = (Linear(), Cosine(), VariancePreserving(), VarianceExploding(3.0), Tabulated(steps=40))
 paths = pytest.mark.parametrize("path", PATHS, ids=str)
+
+
+def _table(path: Path, n: int) -> Tensor:
+    return hybrid._table(path, n, torch.device("cpu"), torch.float64)
 
 
 def rng(seed: int = 0) -> Generator:

@@ -17,6 +17,7 @@ import torch
 from torch import Generator, Tensor
 
 from sfumato.denoiser import VARIANCE, Cond, Denoiser
+from sfumato.devices import moved
 from sfumato.errors import ConfigError
 from sfumato.learned import Learned
 from sfumato.objectives.denoising import Denoising, Loss
@@ -81,11 +82,8 @@ class Hybrid:
         The divergence of the model's step from the posterior, and for i = 0 the likelihood of the data. mean: the
         model's E[x0 | x_t]. share: -1 for the posterior's variance, 1 for the forward kernel's, logarithms between.
         """
-        table = (
-            _table(cast(Hashable, path), self.count(path))
-            .to(x0.device)[i]
-            .to(torch.promote_types(x0.dtype, torch.float32))
-        )
+        kind = torch.promote_types(x0.dtype, torch.float32)
+        table = _table(cast(Hashable, path), self.count(path), x0.device, kind)[i]
         small, large, by = (along(column, x0) for column in table.unbind(1))
         log_var = (small + large) / 2 + share * (large - small) / 2
         apart = (by * (x0 - mean)) ** 2 * torch.exp(-log_var)
@@ -118,11 +116,13 @@ def _checked(model: Denoiser) -> None:
 
 
 @lru_cache(maxsize=16)
-def _table(path: Any, n: int) -> Tensor:
-    """For each of n steps of a path (n, 3), float64: the log variances of the posterior and of the forward kernel, and
-    what the mean moves by for a unit of x0. The posterior of the step to the data has none: the next one's is there.
+def _table(path: Any, n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """For each of n steps of a path (n, 3): the log variances of the posterior and of the forward kernel, and what the
+    mean moves by for a unit of x0. The posterior of the step to the data has none: the next one's is there.
+
+    Made in float64, and moved to the device once: a step waits for no copy.
     """
     t = torch.arange(n + 1, dtype=torch.float64) / n
     small, large = posterior(path, t[:-1], t[1:]), transition(path, t[:-1], t[1:]).std
     std = torch.cat([small.std[1:2], small.std[1:]])
-    return torch.stack([2 * std.log(), 2 * large.log(), small.x0], 1)
+    return moved(torch.stack([2 * std.log(), 2 * large.log(), small.x0], 1).to(dtype), device)
