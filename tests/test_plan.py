@@ -35,6 +35,7 @@ PUBLISHED = {
     "pixart-alpha-3": 611_329_168 + 16 * 1153,  # of pixart-alpha-2, from which it starts
     "stable-diffusion-15": 859_520_964,
     "sdxl": 2_567_463_684,
+    "sdxl-refiner": 2_259_526_660,  # of diffusers' network of the published config
     "autoencoder-kl-f8": 83_653_863 + 2_765_633,  # of the published file, and of an adversary of three layers
 }
 

@@ -90,6 +90,7 @@ def apart(ours: np.ndarray[Any, Any], theirs: np.ndarray[Any, Any]) -> float:
         ({"strength": 0.25}, "a red circle", {"strength": 0.25}),
         ({"negative_prompt": "a square"}, "a red circle", {"negative": "a square"}),
         ({"aesthetic_score": 9.0}, {"caption": "a red circle", "aesthetic_score": 9}, {}),
+        ({"aesthetic_score": 4.5}, {"caption": "a red circle", "aesthetic_score": "4.5"}, {}),  # of the command line
         (
             {"negative_prompt": "a square", "negative_aesthetic_score": 1.5},
             "a red circle",
@@ -203,6 +204,7 @@ def test_it_trains_as_it_is_told(whole: tuple[Any, Path]) -> None:
     ("prompt", "options", "error", "said"),
     [
         ({"caption": "a red circle", "aesthetic_score": "good"}, {}, DataError, "number"),
+        ({"caption": "a red circle", "aesthetic_score": True}, {}, DataError, "number"),
         ("a red circle", {"image": torch.zeros(1, 4, 4, 4)}, ConfigError, "another shape"),
         ("a red circle", {"image": torch.zeros(3, 4, 8, 8)}, ConfigError, "one for each prompt"),
         ("a red circle", {"image": torch.zeros(1, 4, 8, 8), "mask": np.ones((16, 16, 3))}, ConfigError, "mask"),

@@ -126,9 +126,13 @@ class Texts(Conditioner):
         told = raw.get(SCORE)
         if told is None:
             return HIGH if any(part.said(raw) is not None for part in self.texts) else LOW
-        if isinstance(told, bool) or not isinstance(told, (int, float)) or not math.isfinite(told):
+        try:
+            score = float(str(told))  # the command line gives text
+        except ValueError:
+            score = math.nan
+        if not math.isfinite(score):
             raise DataError("a score is a number", where=SCORE, seen=repr(told), fix=str(HIGH))
-        return float(told)
+        return score
 
     def sized(self, raw: Sequence[Raw], size: tuple[int, int]) -> list[Raw]:
         told = {name: size for name in (ORIGINAL, TARGET) if name in self.numbers}
