@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.adapters.tuned import random_adapter
 from tests.clip import encoder, randomised, tokenizer
 from tests.parity import test_sdxl
 
 from sfumato import load
+from sfumato.adapters.parts import parts_of
+from sfumato.adapters.writing import write_adapter
 from sfumato.cli import main
 from sfumato.errors import ConfigError, DataError
 from sfumato.io.directory import save_model
@@ -198,6 +201,28 @@ def test_it_trains_as_it_is_told(whole: tuple[Any, Path]) -> None:
     null = model.conditioner.null(1)["pooled"]
     low = model.cond([{"caption": "", "aesthetic_score": 2.5}])["pooled"]
     assert torch.equal(null, low)
+
+
+def test_a_lora_of_ours_is_heard_in_diffusers_and_here(
+    whole: tuple[Any, Path], latents: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the network and of its one text encoder, which is the second."""
+    pytest.importorskip("peft")
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.15.0")
+    pipeline = load(whole[1], "cpu")
+    plain = pipeline.sample("a red circle", image=latents, strength=0.5, **SETTINGS).images
+    parts = parts_of(pipeline.model)
+    assert [part.name for part in parts] == ["unet", "text_encoder_2"]
+    adapter = random_adapter(parts)
+    write_adapter(tmp_path / "pytorch_lora_weights.safetensors", adapter, parts)
+    pipe = diffusers.StableDiffusionXLImg2ImgPipeline.from_pretrained(whole[1], add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(tmp_path)
+    pipeline.load_lora(tmp_path, 0.2)
+    pipe.set_adapters(pipe.get_active_adapters(), [0.2])
+    drawn = pipeline.sample("a red circle", image=latents, strength=0.5, **SETTINGS).images
+    assert apart(drawn[0], theirs(pipe, latents, strength=0.5)) < 1.01 / 255
+    assert np.abs(drawn.astype(int) - plain).max() > 3
 
 
 @pytest.mark.parametrize(
