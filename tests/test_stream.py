@@ -51,13 +51,13 @@ def test_a_picture_is_that_of_its_frame_alone(pipeline: Pipeline, how: dict[str,
 def test_frames_at_different_steps_share_a_forward(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """With n steps a frame, n frames are under way, and each round takes one in and gives one out."""
     seen: list[list[float]] = []
-    plain = pipeline._forward
+    plain = pipeline.forwards.own
 
     def noting(x: torch.Tensor, t: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
         seen.append(t.tolist())
         return plain(x, t, *rest, **more)
 
-    monkeypatch.setattr(pipeline, "_forward", noting)
+    monkeypatch.setattr(pipeline.forwards, "own", noting)
     fetched: list[int] = []
 
     def camera() -> Iterator[Image]:

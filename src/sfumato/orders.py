@@ -1,7 +1,7 @@
 """What is asked of a pipeline, checked before anything is computed: prompts, seeds, a size, and what goes with them.
 
 A prompt is a text, a label, or the raw fields of a conditioner; everything here turns one into such fields or says what
-is wrong with it.
+is wrong with it. An order can say what was asked for each picture, which is what a picture keeps.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,11 +11,14 @@ from typing import Any
 
 from sfumato.conditioners import Raw
 from sfumato.controls import Control
+from sfumato.data.given import recorded
 from sfumato.errors import ConfigError, DataError, nearest
+from sfumato.image_conditions import Inpainting
+from sfumato.model import Model
 from sfumato.reader import ENCODED, Reader, released
 from sfumato.reader import said as spoken
 from sfumato.settings import Settings, is_whole
-from sfumato.starts import Begin
+from sfumato.starts import Begin, begin, one_each
 
 Prompt = str | int | Raw | None  # text, a label, the raw fields of a conditioner, or nothing
 
@@ -38,6 +41,82 @@ class Order:
         controls = [one.part(start, stop) for one in self.controls]
         raw, seeds = self.raw[start:stop], self.seeds[start:stop]
         return replace(self, raw=raw, seeds=seeds, begin=begun, controls=controls)
+
+    def said(
+        self, i: int, *, text: Mapping[str, Any], loras: Sequence[Mapping[str, Any]], conditional: bool
+    ) -> dict[str, Any]:
+        """All there is to know of picture i before it is drawn, as plain data.
+
+        text: options of the text encoders that were changed. loras: adapters at work. conditional: whether the model is
+        told anything.
+        """
+        said = {"prompt": text_of(self.raw[i]), "seed": self.seeds[i], **self.settings.plain()}
+        fields = {name: recorded(value) for name, value in spoken(self.raw[i]).items()}
+        if fields.keys() - {"caption"}:
+            said["fields"] = fields
+        if text:
+            said["text"] = dict(text)
+        if not conditional and ENCODED not in self.raw[i]:
+            said["guidance"] = 1.0  # whatever is recommended: there was nothing to guide by
+        if self.negative is not None and spoken(self.negative).keys() - {"caption"}:
+            said["negative_fields"] = {name: recorded(value) for name, value in spoken(self.negative).items()}
+        if self.begin is not None:
+            gone_on = self.begin.time is not None
+            said |= {"begun_at": self.begin.time} if gone_on else {"strength": self.begin.strength}
+            said |= {"masked": self.begin.mask is not None}
+        if self.controls:
+            said["control"] = [one.plain(i) for one in self.controls]
+        if loras:
+            said["loras"] = list(loras)
+        negative = None if self.negative is None else text_of(self.negative)
+        return {**said, "negative": negative, "size": list(self.size)}
+
+
+def order_of(
+    reader: Reader,
+    settings: Settings,
+    prompts: Prompt | Sequence[Prompt],
+    seeds: int | Sequence[int] | None,
+    size: int | tuple[int, int] | None,
+    negative: Prompt,
+    asked: Any,
+) -> Order:
+    """Everything that was asked for, with the model's settings changed. asked: the guidance, where one was asked for.
+
+    ConfigError or DataError for what cannot be.
+    """
+    model = reader.model
+    raw = raws_of(prompts, reader)
+    against = None if negative is None else raw_of(negative, reader)
+    if model.conditioner is not None:
+        if against and ENCODED not in against:
+            against = {**model.conditioner.against, **against}
+        model.conditioner.check(raw if against is None else [*raw, against])
+    elif asked not in (None, 1) and not any(ENCODED in one for one in raw):
+        what = "a model without conditions has nothing to be guided by"
+        raise ConfigError(what, where="guidance", seen=str(asked), fix="guidance=1")
+    if against is not None and not settings.steers:
+        raise ConfigError(
+            "a negative prompt says nothing without guidance",
+            where="negative",
+            seen=f"guidance {settings.guidance}",
+            fix="guidance=3" if settings.guidance == 1 else "guidance={'kind': 'cfg', 'scale': 3}",
+        )
+    return Order(raw, seeds_of(seeds, len(raw)), settings, size_of(size, model.size), against)
+
+
+def begun(order: Order, image: Any, mask: Any, strength: float | None, model: Model) -> Order:
+    """An order with a picture to start from; a model made for inpainting is told it, and the mask."""
+    start = begin(image, mask, strength, len(order.raw), order.size)
+    inside = next((one for one in model.modules() if isinstance(one, Inpainting)), None)
+    if start is None or start.mask is None or inside is None:
+        return replace(order, begin=start)
+    if any(ENCODED in one for one in order.raw):
+        what, fix = "an encoded prompt has its picture in it", 'encode({"caption": ..., "image": ..., "mask": ...})'
+        raise ConfigError(what, where="mask", seen="a mask beside it", fix=fix)
+    each = [{inside.image: one, inside.mask: mask} for one in one_each(image, len(order.raw))]
+    raw = [{**one, **own} for one, own in zip(order.raw, each, strict=True)]
+    return replace(order, raw=raw, begin=replace(start, told=True))
 
 
 def raws_of(prompts: Prompt | Sequence[Prompt], reader: Reader) -> list[Raw]:

@@ -4,11 +4,9 @@ Each picture draws its noise from its own generator, so it depends on its seed a
 its batch. Rows of one batch go through the network together, all branches of the guidance at once.
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,33 +18,25 @@ from sfumato import __version__
 from sfumato.adapters.lora import Living
 from sfumato.catalogue import build
 from sfumato.conditioners import Raw
-from sfumato.controls import Control, Steered, controls_of
-from sfumato.data.given import recorded
+from sfumato.controls import controls_of
 from sfumato.data.picture import Image
-from sfumato.denoiser import Cond, Denoiser
-from sfumato.errors import ConfigError, DataError, MemoryShortage, nearest
+from sfumato.errors import ConfigError, DataError, nearest
+from sfumato.forwards import Forwards
 from sfumato.guidance import Guidance, guided, started
 from sfumato.hub import located
-from sfumato.image_conditions import Inpainting
 from sfumato.io.families.controlnet import read_control
 from sfumato.io.models import model_folder, read_model
 from sfumato.io.tuned import read_tuned
 from sfumato.model import Model, compile_net, pick_device
 from sfumato.names import TUNED, spelled_out
 from sfumato.nets.controlled import Control as AnyControl
-from sfumato.nets.controlled import Controlled
-from sfumato.nets.flux import Flux
-from sfumato.nets.mmdit import MMDiT
-from sfumato.nets.stable_unet import StableUNet
-from sfumato.nets.variants import variant
-from sfumato.orders import Order, Prompt, raw_of, raws_of, seeds_of, size_of, text_of
+from sfumato.orders import Order, Prompt, begun, order_of, raw_of, raws_of, size_of
 from sfumato.paths import noised
-from sfumato.reader import ENCODED, Reader, home
-from sfumato.reader import said as spoken
+from sfumato.reader import Reader, home
 from sfumato.samplers import Job, SeededNoise, Step, Together, sample
 from sfumato.samples import Samples
 from sfumato.settings import Interval, Settings, fitted_grid, fitted_guidance, is_whole
-from sfumato.starts import begin, known_where, one_each
+from sfumato.starts import known_where
 
 Progress = Callable[[int, int], None]  # steps done, of how many
 
@@ -78,7 +68,7 @@ class Pipeline:
         self.reader = Reader(self.model, self.device, kind, text_device)
         self.text: dict[str, Any] = {}  # options of the text encoders that were changed
         self.precision = precision
-        self._variants: dict[str, torch.nn.Module] = {}
+        self.forwards = Forwards(self.model, self.device, kind)
         self.controls: dict[str, AnyControl] = {}  # by name; a path is a name too, and is read when it is asked for
         self.tuned: dict[int, dict[str, Any]] = {}  # slots of samplers made for this model, by number of steps
         self._loras: Living | None = None
@@ -134,7 +124,7 @@ class Pipeline:
         """The adapters in use: their scales, and merging them into the weights and taking them out again."""
         if self._loras is None:
             self._loras = Living(self.model)
-        self._variants.clear()  # which are made of the network's layers
+        self.forwards.forget()
         return self._loras
 
     def sample(
@@ -179,7 +169,7 @@ class Pipeline:
             "rescale": rescale,
         }
         order = self.order(prompts, seeds, size, negative, changes)
-        order = self._begun(order, image, mask, strength)
+        order = begun(order, image, mask, strength, self.model)
         order = replace(order, controls=controls_of(control, len(order.raw), order.size))
         if not (is_whole(batch) and batch >= 1):
             raise ConfigError("a batch holds at least one picture", where="batch", seen=repr(batch), fix="batch=64")
@@ -260,10 +250,11 @@ class Pipeline:
     def _walk(self, order: Order, times: Tensor) -> Iterator[Step]:
         """The sampling of one batch."""
         noise, path = SeededNoise.of(order.seeds), self.model.denoiser.path
-        forward, guide = self._forward, self.guide(order)
+        forward, guide = self.forwards.own, self.guide(order)
         if order.controls:
-            forward, guide = self._steered(order.controls, guide)
-        denoise = guided(forward, path, guide, times, self._variant, self.model.answers)
+            nets = [self._control(one.name) for one in order.controls]
+            forward, guide = self.forwards.steered(order.controls, nets, guide)
+        denoise = guided(forward, path, guide, times, self.forwards.variant, self.model.answers)
         x, known = self._start(order, times, noise)
         if known is not None and order.begin is not None:
             free = order.begin.free(known)
@@ -299,7 +290,7 @@ class Pipeline:
 
     def together(self) -> Together:
         """Where jobs of this pipeline run, answered by its network in its precision."""
-        return Together(self._forward, self._variant, self.model.answers)
+        return Together(self.forwards.own, self.forwards.variant, self.model.answers)
 
     def _start(self, order: Order, times: Tensor, noise: SeededNoise) -> tuple[Tensor, Tensor | None]:
         """The state that sampling starts from, and the encoded pictures where it starts from such."""
@@ -316,74 +307,10 @@ class Pipeline:
                 return known, known
             return noised(path, known, x, times[0].to("cpu", torch.float64)).to(x), known
 
-    def _steered(self, controls: Sequence[Control], guide: Guidance) -> tuple[Callable[..., Tensor], Guidance]:
-        """The forward of the network under controls, and the guidance that tells it their pictures."""
-        nets = [self._control(one.name) for one in controls]
-        own, denoiser = self.model.net, self.model.denoiser
-        base, inside = (own.net, list(own.controls)) if isinstance(own, Controlled) else (own, [])
-        if not isinstance(base, (StableUNet, MMDiT, Flux)):
-            seen = type(base).__name__
-            what = "only U-Nets of Stable Diffusion, MMDiTs and FLUX transformers are controlled"
-            raise ConfigError(what, where="control", seen=seen)
-        net = Controlled(base, [*inside, *nets])  # type: ignore[list-item]
-        parts = (denoiser.path, denoiser.prediction, denoiser.time_input, denoiser.scale_input, denoiser.answers)
-        steered = Denoiser(net, *parts).eval()
-        hints = [one.hint(net, self.device, self.model.codec) for one, net in zip(controls, nets, strict=True)]
-        return partial(self._forward, model=steered), Steered(guide, controls, hints, len(inside))
-
     def _control(self, name: str) -> AnyControl:
         if name not in self.controls:
             self.controls[name] = read_control(name)
         return self.controls[name].to(self.device)
-
-    def _forward(self, x: Tensor, t: Tensor, cond: Cond, model: torch.nn.Module | None = None, **asked: Any) -> Tensor:
-        try:
-            with self._autocast():
-                answer: Tensor = (model or self.model)(x, t, cond, **asked)
-            return answer
-        except RuntimeError as error:
-            raise self._explained(error, x) from error
-
-    def _variant(self, name: str) -> Callable[..., Tensor]:
-        """The forward of a variant: a weaker one of the network itself, or another model ("model:FOLDER")."""
-        if name not in self._variants:
-            kind, _, folder = name.partition(":")
-            other = read_model(model_folder(folder)).to(self.device) if kind == "model" else None
-            self._variants[name] = variant(self.model.denoiser, name) if other is None else other.denoiser
-        answer = self._variants[name]
-
-        def forward(x: Tensor, t: Tensor, cond: Cond, **asked: Any) -> Tensor:
-            with self._autocast():
-                said: Tensor = answer(x, t, cond, **asked)
-            return said
-
-        return forward
-
-    def _explained(self, error: RuntimeError, x: Tensor) -> Exception:
-        """A failure of the network as an error of the user's, where it is one."""
-        first = str(error).splitlines()[0] if str(error) else ""
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            return MemoryShortage(
-                "so many pictures at a time do not fit into memory",
-                where="batch",
-                seen=f"{len(x)} rows: {first}",
-                fix="a smaller batch",
-            )
-        trained = self.model.codec.shape(*self.model.size)
-        if tuple(x.shape[1:]) != tuple(trained):
-            height, width = self.model.size
-            return ConfigError(
-                "this network cannot draw pictures of this size",
-                where="size",
-                seen=first,
-                fix=f"size=({height}, {width}), that of its training",
-            )
-        return error
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.precision == "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, DTYPES[self.precision])
 
     def order(
         self,
@@ -394,68 +321,15 @@ class Pipeline:
         changes: Mapping[str, Any],
     ) -> Order:
         """Everything that was asked for, checked before anything is computed."""
-        settings = self.settings(**changes)
-        raw = raws_of(prompts, self.reader)
-        against = None if negative is None else raw_of(negative, self.reader)
-        if self.model.conditioner is not None:
-            if against and ENCODED not in against:
-                against = {**self.model.conditioner.against, **against}
-            self.model.conditioner.check(raw if against is None else [*raw, against])
-        elif changes.get("guidance") not in (None, 1) and not any(ENCODED in one for one in raw):
-            what = "a model without conditions has nothing to be guided by"
-            raise ConfigError(what, where="guidance", seen=str(changes["guidance"]), fix="guidance=1")
-        if against is not None and not settings.steers:
-            raise ConfigError(
-                "a negative prompt says nothing without guidance",
-                where="negative",
-                seen=f"guidance {settings.guidance}",
-                fix="guidance=3" if settings.guidance == 1 else "guidance={'kind': 'cfg', 'scale': 3}",
-            )
-        return Order(raw, seeds_of(seeds, len(raw)), settings, size_of(size, self.model.size), against)
-
-    def _begun(self, order: Order, image: Any, mask: Any, strength: float | None) -> Order:
-        """With a picture to start from; a model made for inpainting is told it, and the mask."""
-        begun = begin(image, mask, strength, len(order.raw), order.size)
-        inside = next((one for one in self.model.modules() if isinstance(one, Inpainting)), None)
-        if begun is None or begun.mask is None or inside is None:
-            return replace(order, begin=begun)
-        if any(ENCODED in one for one in order.raw):
-            what, fix = "an encoded prompt has its picture in it", 'encode({"caption": ..., "image": ..., "mask": ...})'
-            raise ConfigError(what, where="mask", seen="a mask beside it", fix=fix)
-        each = [{inside.image: one, inside.mask: mask} for one in one_each(image, len(order.raw))]
-        raw = [{**one, **own} for one, own in zip(order.raw, each, strict=True)]
-        return replace(order, raw=raw, begin=replace(begun, told=True))
+        settings, asked = self.settings(**changes), changes.get("guidance")
+        return order_of(self.reader, settings, prompts, seeds, size, negative, asked)
 
     def _said(self, order: Order, i: int) -> dict[str, Any]:
         """All there is to know of picture i."""
-        said = {"prompt": text_of(order.raw[i]), "seed": order.seeds[i], **order.settings.plain()}
-        fields = {name: recorded(value) for name, value in spoken(order.raw[i]).items()}
-        if fields.keys() - {"caption"}:
-            said["fields"] = fields
-        if self.text:
-            said["text"] = dict(self.text)
-        if self.model.conditioner is None and ENCODED not in order.raw[i]:
-            said["guidance"] = 1.0  # whatever is recommended: there was nothing to guide by
-        if order.negative is not None and spoken(order.negative).keys() - {"caption"}:
-            said["negative_fields"] = {name: recorded(value) for name, value in spoken(order.negative).items()}
-        if order.begin is not None:
-            gone_on = order.begin.time is not None
-            said |= {"begun_at": order.begin.time} if gone_on else {"strength": order.begin.strength}
-            said |= {"masked": order.begin.mask is not None}
-        if order.controls:
-            said["control"] = [one.plain(i) for one in order.controls]
-        if self._loras is not None and (at_work := self._loras.at_work):
-            said["loras"] = at_work
-        negative = None if order.negative is None else text_of(order.negative)
+        loras = [] if self._loras is None else self._loras.at_work
+        said = order.said(i, text=self.text, loras=loras, conditional=self.model.conditioner is not None)
         facts = {"model": self.model.facts} if self.model.facts else {}
-        return {
-            **said,
-            "negative": negative,
-            "size": list(order.size),
-            "precision": self.precision,
-            **facts,
-            "version": __version__,
-        }
+        return {**said, "precision": self.precision, **facts, "version": __version__}
 
 
 def load(
