@@ -127,7 +127,7 @@ def test_too_many_missed_steps_in_a_row_end_the_run() -> None:
 
 
 def snapshot(run: Run) -> dict[str, Tensor]:
-    groups = run._state().tensors
+    groups = run.keeping.state({}).tensors
     return {f"{group}/{name}": value.clone() for group, some in groups.items() for name, value in some.items()}
 
 

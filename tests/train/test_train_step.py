@@ -221,7 +221,7 @@ def test_half_precisions_are_of_the_products_only(start: Start, precision: str, 
 
 
 def snapshot(run: Run) -> list[Tensor]:
-    state = [t for group in run._state().tensors.values() for t in group.values()]
+    state = [t for group in run.keeping.state({}).tensors.values() for t in group.values()]
     return [t.clone() for t in state]
 
 

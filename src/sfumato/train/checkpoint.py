@@ -18,6 +18,7 @@ from sfumato import files
 from sfumato.errors import CheckpointError
 from sfumato.io.directory import read_weights, write_weights
 
+FOLDER = "checkpoints"  # of a run
 VERSION, KEPT = 1, "kept-"
 
 

@@ -27,7 +27,7 @@ from sfumato.train.teaching import as_student
 
 # What a run has written before its first checkpoint: another may begin over it, if there is a run's lock beside it.
 LOGS = {".lock", "config.yaml", "log.txt", "metrics.jsonl", "loss.png", "loss_by_noise.png"}
-UNSAVED = LOGS | {"samples", "checkpoints", FOLDER, pairs.FOLDER}
+UNSAVED = LOGS | {"samples", checkpoint.FOLDER, FOLDER, pairs.FOLDER}
 STOPPING = b"\nstopping after this step; Ctrl-C again stops at once, unsaved\n"
 
 
@@ -48,7 +48,7 @@ def train(config: Config, *, run: str | Path, resume: bool = False, stop_after: 
     _check_folder(folder, resume)
     with files.lock(folder), _stop_signal() as stopping, _explained_memory(config):
         _check_folder(folder, resume)  # again: another process may have trained here while this one waited
-        for place in (folder, folder / "checkpoints", folder / "samples"):
+        for place in (folder, folder / checkpoint.FOLDER, folder / "samples"):
             files.sweep(place)
         precision = pick_precision(config.precision, pick_device(config.device))
         config = config.model_copy(update={"precision": precision})  # so that the folder says what was meant
@@ -67,7 +67,7 @@ def _check_folder(folder: Path, resume: bool) -> None:
     """A new run needs a folder in which nothing can be lost, a resumed one needs checkpoints."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError("a run is a folder", where=str(folder), seen="a file", fix="name=ANOTHER")
-    begun, quoted = bool(checkpoint.found(folder / "checkpoints")), shlex.quote(str(folder))
+    begun, quoted = bool(checkpoint.found(folder / checkpoint.FOLDER)), shlex.quote(str(folder))
     if resume and not begun:
         again = f"sfumato train {shlex.quote(str(folder / 'config.yaml'))} --run {quoted}"
         fix = again if (folder / "config.yaml").exists() else "leave --resume out"

@@ -1,4 +1,4 @@
-"""A run: its parts, its steps, what it shows of itself, and what it keeps.
+"""A run: its parts, its steps, and what it shows of itself; `sfumato.train.keeping` is what it keeps.
 
 Its state is weights, averages, optimizer and a few counters; all randomness is addressed by step
 (`sfumato.train.keys`) and the data by position. So a run that was stopped continues bit for bit, and a step that was
@@ -7,7 +7,7 @@ skipped stays skipped.
 
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,45 +15,36 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from sfumato import files
-from sfumato.adapters import training as adapters
-from sfumato.adapters.parts import parts_of
-from sfumato.adapters.writing import write_adapter
 from sfumato.catalogue import build
 from sfumato.config import Config
 from sfumato.data.loader import Batch, Loader
 from sfumato.data.order import indices
-from sfumato.errors import CheckpointError, ConfigError, DataError, Interrupted, MachineError
-from sfumato.io.directory import save_model
-from sfumato.model import AutoencoderModel, Model, build_model, compile_net, pick_device
+from sfumato.errors import ConfigError, DataError, Interrupted
+from sfumato.model import AutoencoderModel, Model, compile_net, pick_device
 from sfumato.objectives.denoising import Phased
 from sfumato.overlay import resolved
 from sfumato.train import checkpoint
 from sfumato.train.cache import cache_for
 from sfumato.train.checkpoint import State
-from sfumato.train.control import freeze
 from sfumato.train.ema import EMA
 from sfumato.train.guard import Guard
+from sfumato.train.keeping import Keeping
 from sfumato.train.keys import key
 from sfumato.train.log import Log
 from sfumato.train.optim import build_optimizer, learning_rate
 from sfumato.train.pairs import pairs_for
 from sfumato.train.pixels import pixels
 from sfumato.train.preview import preview, reconstructions, wanted
-from sfumato.train.reparameterise import reparameterise
-from sfumato.train.start import FOLDER, Start, model_of, read_start
+from sfumato.train.start import Start
 from sfumato.train.step import Outcome, Stepper
 from sfumato.train.teaching import Student, student_of
 from sfumato.train.timing import Timing
-from sfumato.train.trainable import trainable
+from sfumato.train.trainable import to_train
 from sfumato.train.validate import Validation
 
 ROLLBACKS = 5  # more of them, and somebody should look at the run
 NAMED = 8  # pictures of a step that was skipped
-FACTS = ("start", "teacher", "lora", "control", "reparameterise")  # of the configuration, that a model keeps
-MEASURED = 512  # pictures by which the scale of an autoencoder's latents is measured
 
 
 class Run:
@@ -85,8 +76,11 @@ class Run:
         self.step = self.updates = self.images = 0
         self.pending: list[dict[str, float]] = []
         if kept is not None:
-            told += self._restore(*kept)
-        self._check_room()
+            told += self.keeping.restore(*kept)
+            plain = kept[1].plain
+            self.step, self.updates, self.images = (int(plain[name]) for name in ("step", "updates", "images"))
+            self.pending = [dict(one) for one in plain["pending"]]
+        self.keeping.check_room()
         self.timing = Timing(folder, self.step, self.device, config.precision)
         self.stepper.cache = cache = cache_for(config, self.model, self.dataset)
         if isinstance(self.model, Student) and cache is not None and cache.states is not None:
@@ -118,7 +112,7 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         """The folder of the checkpoints."""
-        return self.folder / "checkpoints"
+        return self.folder / checkpoint.FOLDER
 
     def close(self) -> None:
         """Ends the threads that fetch data."""
@@ -131,7 +125,7 @@ class Run:
             if self.step == 0 and config.samples.at_start:
                 self._look()
             if self.step >= config.steps:  # resumed at its end; perhaps it was killed before it wrote the model
-                self._save_models()
+                self.keeping.save_models(self._counts(), self._some)
             while self.step < config.steps:
                 self._advance()
                 self._report()
@@ -152,13 +146,7 @@ class Run:
         torch.manual_seed(key(config.seed, "weights"))
         objective = build(config.objective, "Objective")
         files_ = None if state is None else state.files
-        if config.start is None or config.reparameterise is not None:
-            self.model = trainable(self.section, self.dataset, objective, files_)
-            if config.reparameterise is not None and start is not None:
-                assert isinstance(self.model, Model)
-                reparameterise(self.model, start, config.reparameterise.time)
-        else:
-            self.model = self._further(files_, start)
+        self.model = to_train(config, self.section, self.dataset, objective, self.folder, files_, start)
         self.model.to(self.device)
         if config.method is not None:
             self.model = student_of(self.model, config, objective, self.device).to(self.device)
@@ -169,6 +157,8 @@ class Run:
         self.stepper = Stepper(self.model, objective, self.optimizer, config, self.device)
         self.averages = [EMA(self.averaged, section) for section in config.ema]
         self.guard = Guard(config.guard)
+        parts = (self.stepper, self.weights, self.averaged, self.averages, self.guard)
+        self.keeping = Keeping(config, self.section, self.folder, *parts)
         if config.checkpointing and not hasattr(self.model.net, "checkpointing"):
             seen = type(self.model.net).__name__
             raise ConfigError(
@@ -182,22 +172,6 @@ class Run:
         if config.compile:
             for part in self.model.compiled():
                 compile_net(part, self.device, dynamic=False)
-
-    def _further(self, kept: Mapping[str, bytes] | None, start: Start | None) -> Model:
-        """The model to begin with, and perhaps a new adapter of it. A run that trains one keeps the model beside its
-        checkpoints, which lack it; of any other they have all weights. kept: the conditioner's files, of a checkpoint.
-        """
-        size, lora, place = self.dataset.shape, self.config.lora, self.folder / FOLDER
-        spec = {"model": self.section["model"], "size": list(size), "sampling": self.section["sampling"]}
-        fresh = start is None and lora is None
-        model = build_model(spec, None, kept) if fresh else model_of(start or read_start(place), spec)
-        if self.config.control is not None:
-            freeze(model)
-        if lora is not None:
-            if start is not None:
-                save_model(place, model, {"start": start.where})
-            adapters.begin(model, lora)
-        return model
 
     def _advance(self) -> None:
         """One step: made, or skipped and counted."""
@@ -256,7 +230,7 @@ class Run:
                 f"the loss still jumps after {ROLLBACKS} rollbacks", where=f"step {self.step}", fix="a smaller optim.lr"
             )
         path, state = checkpoint.newest(self.checkpoints, self.log.say)
-        self._adopt(state)
+        self.keeping.adopt(state)
         self.updates = int(state.plain["updates"])
         self.log.say(f"rolled back to {path.name}")
 
@@ -311,68 +285,13 @@ class Run:
     def _save(self) -> None:
         """A checkpoint and the model directories. DataError, before anything is written, for weights that are lost."""
         started = time.perf_counter()
-        if not bool(torch.stack([value.isfinite().all() for value in self.weights.values()]).all()):
-            raise DataError(
-                "the weights are not finite, and not saved",
-                where=f"step {self.step}",
-                fix="a smaller optim.lr; the last checkpoint is intact",
-            )
-        checkpoint.save(self.checkpoints, self.step, self._state(), self.config.checkpoint.keep)
-        self._save_models()
+        self.keeping.save(self._counts(), self._some)
         self.timing.write(self.step)
         self.log.paused(time.perf_counter() - started)
 
-    def _state(self) -> State:
-        """All that a resumed run needs."""
-        averages = {f"ema-{i}": average.state() for i, average in enumerate(self.averages)}
-        optim = checkpoint.optimizer_state(self.optimizer, self.model)
-        plain = {
-            "step": self.step,
-            "updates": self.updates,
-            "images": self.images,
-            "pending": self.pending,
-            "guard": self.guard.state(),
-            "scaler": self.stepper.scaler.state_dict(),
-            "model": self.section["model"],
-            "optimizer": self.config.optim.kind,
-            "numerics": checkpoint.numerics(self.device),
-        }
-        return State({"model": self._kept(), **averages, "optim": optim}, plain, self.model.files())
-
-    def _kept(self) -> dict[str, Tensor]:
-        """What a checkpoint has of the weights: all of them, or the adapter's."""
-        if self.config.lora is None:
-            return self.model.weights()
-        return {name: value.detach() for name, value in self.weights.items()}
-
-    def _save_models(self) -> None:
-        """A model directory for each average: `model/` for the first, `model-1/`, `model-2/` for others; an adapter
-        lies beside it, and is in it.
-        """
-        for i, (average, section) in enumerate(zip(self.averages, self.section["ema"], strict=True)):
-            facts = {"run": self.config.name, "steps": self.step, "images": self.images, "seed": self.config.seed}
-            more = {name: self.section[name] for name in FACTS if self.section[name] is not None}
-            if self.config.method is not None:
-                more["method"] = self.section["objective"]["kind"]
-            end = f"-{i}" if i else ""
-            if isinstance(self.model, AutoencoderModel):
-                with average.applied(list(self.averaged.values())):
-                    self.model.measure(self._some(MEASURED), getattr(self.stepper.objective, "latents", "one"))
-            if self.config.lora is not None:
-                weights = self._merged(average, end)
-            else:
-                kept = {name: value for name, value in self.model.weights().items() if self.model.is_kept(name)}
-                weights = kept | average.state()
-            save_model(self.folder / f"model{end}", self.model, facts | {"ema": section, **more}, weights)
-
-    def _merged(self, average: EMA, end: str) -> dict[str, Tensor]:
-        """The weights with an average of the adapter in them; the adapter itself is written."""
-        assert isinstance(self.model, Model)
-        with average.applied(list(self.averaged.values())):
-            adapter, weights = adapters.trained_adapter(self.model), adapters.merged_weights(self.model)
-        file = self.folder / f"lora{end}.safetensors"
-        write_adapter(file, adapter, parts_of(self.model), base=self.config.start)
-        return {name: value for name, value in weights.items() if self.model.is_kept(name)}
+    def _counts(self) -> dict[str, Any]:
+        """How far it is, which a checkpoint knows beside what learns."""
+        return {"step": self.step, "updates": self.updates, "images": self.images, "pending": self.pending}
 
     def _some(self, n: int) -> Iterator[torch.Tensor]:
         """The first pictures that training sees, in batches."""
@@ -380,56 +299,6 @@ class Run:
         index = self.loader.places(indices(0, n, self.loader.n, self.config.seed)).tolist()
         for start in range(0, n, self.config.batch):
             yield pixels(self.dataset.batch(index[start : start + self.config.batch])[0], self.device)
-
-    def _restore(self, path: Path, state: State) -> list[str]:
-        """Takes up a checkpoint; what there is to tell of it."""
-        for name, own in (("model", self.section["model"]), ("optimizer", self.config.optim.kind)):
-            if state.plain[name] != own:
-                raise ConfigError(
-                    f"a run cannot go on with another {name}",
-                    where="optim.kind" if name == "optimizer" else name,
-                    seen=f"not that of {path}",
-                    fix="name=ANOTHER, without --resume",
-                )
-        self._adopt(state)
-        plain = state.plain
-        self.step, self.updates, self.images = (int(plain[name]) for name in ("step", "updates", "images"))
-        self.pending = [dict(one) for one in plain["pending"]]
-        self.guard.restore(plain["guard"])
-        if plain["scaler"] and self.stepper.scaler.is_enabled():
-            self.stepper.scaler.load_state_dict(dict(plain["scaler"]))
-        before, here = plain["numerics"], checkpoint.numerics(self.device)
-        changed = [f"{name} was {before.get(name)}, is {now}" for name, now in here.items() if before.get(name) != now]
-        return [f"resumed from {path.name}", *(f"it continues, but not bit for bit: {one}" for one in changed)]
-
-    def _adopt(self, state: State) -> None:
-        """Weights, averages and optimizer of a checkpoint; an average that it does not have begins with the weights."""
-        own, kept = self._kept(), state.tensors["model"]
-        if own.keys() != kept.keys() or any(own[name].shape != kept[name].shape for name in own):
-            raise CheckpointError(
-                "a checkpoint does not fit the model", where=str(self.folder), seen="other weights", fix="name=ANOTHER"
-            )
-        with torch.no_grad():
-            for name, value in own.items():
-                value.copy_(kept[name])
-        for i, average in enumerate(self.averages):
-            average.restore(state.tensors.get(f"ema-{i}", self.averaged))
-        checkpoint.restore_optimizer(self.optimizer, self.model, state.tensors["optim"])
-
-    def _check_room(self) -> None:
-        """MachineError if the disk has no room for one checkpoint and the model directories."""
-        kept, whole = (
-            sum(value.nbytes for value in weights.values()) for weights in (self._kept(), self.model.weights())
-        )
-        n = len(self.averages)
-        needed, free = kept * (3 + n) + whole * n, files.free_space(self.folder)
-        if free < needed:
-            raise MachineError(
-                "the disk has no room for a checkpoint",
-                where=str(self.folder),
-                seen=f"{free / 2**20:.0f} MiB free, {needed / 2**20:.0f} MiB needed",
-                fix="free some space, or --run FOLDER on another disk",
-            )
 
     def _wanted(self, held: Sequence[int]) -> Sequence[Any]:
         """What is shown on the way."""
