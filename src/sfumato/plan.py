@@ -24,8 +24,8 @@ from sfumato.io.fill import unfilled
 from sfumato.io.pretrained import LATENTS, TINY, codec_from
 from sfumato.model import AutoencoderModel, Model, build_autoencoder, build_model
 from sfumato.overlay import load_config, recipes, resolved
-from sfumato.train.control import freeze, under_control
-from sfumato.train.start import read_start, with_start
+from sfumato.train.begin import begun
+from sfumato.train.control import freeze
 from sfumato.train.teaching import as_student
 
 # Peak products in bfloat16, dense, per second, from the makers' data sheets; memory in bytes.
@@ -110,14 +110,8 @@ def plan(config: Config, device: str | None = None, share: float = 0.4) -> Plan:
 
 def built(config: Config) -> Model | AutoencoderModel:
     """The model of a configuration, without memory for its parameters, data or other people's weights."""
-    config = _begun(config)
-    section, files = resolved(config), None
-    if config.start is not None:
-        start = read_start(config.start, config.start_key)
-        start = start if config.control is None else under_control(start, config.control, config.seed)
-        config = with_start(config, start)
-        config = config if config.method is None else as_student(config, start)[0]
-        section, files = resolved(config), start.files
+    config, start = as_student(*begun(_without_start(config)))
+    section, files = resolved(config), None if start is None else start.files
     model = dict(section["model"])
     model["codec"] = _alone(model["codec"])
     model["conditioner"] = _alone(model["conditioner"])
@@ -136,7 +130,7 @@ def built(config: Config) -> Model | AutoencoderModel:
         return build_autoencoder(spec, getattr(objective, "discriminator", None), getattr(objective, "train", "all"))
 
 
-def _begun(config: Config) -> Config:
+def _without_start(config: Config) -> Config:
     """A configuration without the model to start from, where that is a run of a recipe that was not made yet: what it
     would be is known. One that is made over into another network counts as that.
     """
@@ -147,7 +141,7 @@ def _begun(config: Config) -> Config:
     place = Path(config.start)
     if place.exists() or place.parent != Path("runs") or place.name not in {one.name for one in recipes()}:
         return config
-    found = _begun(load_config(place.name).config)
+    found = _without_start(load_config(place.name).config)
     return config.model_copy(update={"start": None, "model": found.model})
 
 

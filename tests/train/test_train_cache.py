@@ -216,3 +216,18 @@ def test_a_source_of_ones_own_has_to_say_which_pictures_it_has(
     data = f"data={{kind: 'nameless:Mine', size: 32, count: 24, cache: {tmp_path / 'cache'}}}"
     with pytest.raises(ConfigError, match="does not say which pictures"):
         filled(small(autoencoder, data))
+
+
+def test_a_model_made_over_reads_what_its_own_ends_say(
+    small: Small, tmp_path: Path, autoencoder: str, text: str
+) -> None:
+    """And not those of the model that it starts from, which read classes and no words."""
+    dit = "{kind: dit, patch: 4, dim: 16, depth: 1, heads: 2, text: cross, adaln: shared}"
+    old = small(
+        *ON, autoencoder, "model.net={kind: dit, patch: 4, dim: 16, depth: 1, heads: 2}", "model.conditioner=labels"
+    )
+    base = train(old, run=tmp_path / "classes")
+    changes = (f"start={base}", "reparameterise={time: 0.5}", f"model.net={dit}", f"data.cache={tmp_path / 'cache'}")
+    config = small(*ON, autoencoder, text, *changes)
+    assert filled(config).conditions > 10
+    train(config, run=tmp_path / "words")

@@ -12,9 +12,9 @@ from sfumato.errors import ConfigError
 from sfumato.io.directory import load_model, read_weights
 from sfumato.overlay import as_yaml, load_config, resolved
 from sfumato.train import checkpoint, train
+from sfumato.train.begin import begun
 from sfumato.train.optim import learning_rate
 from sfumato.train.run import Run
-from sfumato.train.start import read_start, with_start
 from sfumato.train.teaching import BOUNDARY, Student, as_student
 
 MATCHING = (
@@ -45,17 +45,16 @@ def student(teacher: Path, method: str, *overrides: str) -> Config:
     return load_config(str(file), (f"teacher={teacher}", METHODS[method], *more, *overrides)).config
 
 
-def begun(teacher: Path, folder: Path, method: str, *overrides: str) -> Run:
+def opened(teacher: Path, folder: Path, method: str, *overrides: str) -> Run:
     """A student's run that has not made a step."""
-    config = student(teacher, method, *overrides)
-    config, start = as_student(with_start(config, found := read_start(str(config.start))), found)
+    config, start = as_student(*begun(student(teacher, method, *overrides)))
     folder.mkdir()
     return Run(config, folder, False, start)
 
 
 @pytest.mark.parametrize("optim", ["muon", "adamw"])
 def test_where_the_student_stands_still_it_does_so_to_the_last_bit(teacher: Path, tmp_path: Path, optim: str) -> None:
-    run = begun(teacher, tmp_path / "run", "matching", f"optim.kind={optim}", "optim.options={weight_decay: 0.1}")
+    run = opened(teacher, tmp_path / "run", "matching", f"optim.kind={optim}", "optim.options={weight_decay: 0.1}")
     try:
         for step in range(8):
             before = {name: value.clone() for name, value in run.weights.items()}
@@ -80,7 +79,7 @@ def test_a_critic_may_learn_at_a_rate_of_its_own(teacher: Path, tmp_path: Path, 
     one, other = kept(tmp_path / "plain"), kept(tmp_path / "same")
     assert [name for name in names if name.endswith(".safetensors") and one[name] != other[name]] == []
 
-    run = begun(teacher, tmp_path / "own", method, schedule, "optim.critic_lr=1e-9")
+    run = opened(teacher, tmp_path / "own", method, schedule, "optim.critic_lr=1e-9")
     groups = run.optimizer.param_groups
     names_of = {p: name for name, p in run.weights.items()}
     assert sorted(names_of[p] for group in groups for p in group["params"]) == sorted(run.weights)
@@ -133,7 +132,7 @@ def test_a_student_may_begin_as_another_student_without_a_warm_up(
 ) -> None:
     """Its boundary comes along. The teacher judges, and the critic is made of the teacher."""
     (of_x0, ends), more = other, ("objective.warmup=0", "optim={lr: 0.002, warmup: 0}")
-    run = begun(of_x0, tmp_path / "begun", method, f"start={ends}", *more)
+    run = opened(of_x0, tmp_path / "begun", method, f"start={ends}", *more)
     run.close()
     taught, first = load_model(of_x0 / "model").weights(), load_model(ends / "model").weights()
     assert isinstance(run.model, Student) and run.model.teacher is not None

@@ -18,8 +18,8 @@ from sfumato.nets.dit import DiT, DiTConfig
 from sfumato.objectives.meanflow import change
 from sfumato.paths import Linear
 from sfumato.predictions import VELOCITY
+from sfumato.train.begin import begun
 from sfumato.train.run import Run
-from sfumato.train.start import read_start, with_start
 from sfumato.train.teaching import as_student
 
 JUMPS = ("model.answers=[jump]", "model.time_input=time", "model.net.told=[until]")
@@ -78,11 +78,10 @@ class Watch:
 
 
 @contextlib.contextmanager
-def begun(config: Config, folder: Path) -> Iterator[Run]:
+def opened(config: Config, folder: Path) -> Iterator[Run]:
     """A run that has made no step."""
     folder.mkdir()
-    start = read_start(config.start) if config.start is not None else None
-    config, start = as_student(config if start is None else with_start(config, start), start)
+    config, start = as_student(*begun(config))
     run = Run(config, folder, False, start)
     try:
         yield run
@@ -98,7 +97,7 @@ def test_tangents_are_float32_where_training_is_not(
 ) -> None:
     """With the conditions that a run computes, in half precision too."""
     config = small(*NETS[net], *OBJECTIVES[name], "precision=bf16", f"device={device}", "steps=3")
-    with begun(config, tmp_path / "run") as run:
+    with opened(config, tmp_path / "run") as run:
         with torch.no_grad():  # gates and last layers begin at zero, and hide what stands before them
             for i, p in enumerate(run.model.parameters()):
                 p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).to(p)

@@ -28,9 +28,9 @@ from sfumato.errors import ConfigError, DataError
 from sfumato.io.pretrained import codec_from, fill_codec
 from sfumato.model import Model, Trainable, pick_device
 from sfumato.overlay import resolved
-from sfumato.train.control import under_control
+from sfumato.train.begin import begun
 from sfumato.train.pixels import pixels
-from sfumato.train.start import model_of, read_start, with_start
+from sfumato.train.start import model_of
 
 VARIABLE, USUAL = "SFUMATO_CACHE", "~/.cache/sfumato"  # where caches lie when data.cache=true
 AT_ONCE = 256  # conditions of a shard, about
@@ -182,10 +182,10 @@ def fill(config: Config, folder: Path, progress: Callable[[str], Any]) -> Filled
 
 def _ends(config: Config, dataset: Dataset) -> tuple[Any, Any, Any, Any]:
     """What stands at the ends of the network of a run: the codec's slot and itself, the conditioner's and itself."""
-    if config.start is not None:
-        start = read_start(config.start, config.start_key)
-        start = start if config.control is None else under_control(start, config.control, config.seed)
-        section = resolved(with_start(config, start))
+    if config.start is not None and config.reparameterise is None:
+        config, start = begun(config)
+        assert start is not None
+        section = resolved(config)
         model = model_of(start, {name: section[name] for name in ("model", "sampling")} | {"size": list(dataset.shape)})
         if config.lora is not None:
             begin(model, config.lora)

@@ -19,9 +19,9 @@ from sfumato.errors import ConfigError, MemoryShortage
 from sfumato.model import pick_device
 from sfumato.overlay import as_yaml, resolved
 from sfumato.train import checkpoint, pairs
-from sfumato.train.control import under_control
+from sfumato.train.begin import begun
 from sfumato.train.run import Run
-from sfumato.train.start import FOLDER, read_start, with_start
+from sfumato.train.start import FOLDER
 from sfumato.train.step import pick_precision
 from sfumato.train.teaching import as_student
 
@@ -52,13 +52,8 @@ def train(config: Config, *, run: str | Path, resume: bool = False, stop_after: 
             files.sweep(place)
         precision = pick_precision(config.precision, pick_device(config.device))
         config = config.model_copy(update={"precision": precision})  # so that the folder says what was meant
-        begun = read_start(config.start, config.start_key) if config.start is not None and not resume else None
-        if begun is not None and config.reparameterise is None:
-            begun = begun if config.control is None else under_control(begun, config.control, config.seed)
-            config = with_start(config, begun)
-        if config.method is not None and not resume:
-            config, begun = as_student(config, begun)
-        with closing(Run(config, folder, resume, begun, stopping)) as made:
+        config, start = (config, None) if resume else as_student(*begun(config))
+        with closing(Run(config, folder, resume, start, stopping)) as made:
             files.write_atomic(folder / "config.yaml", as_yaml(resolved(config)))
             return made.go(stopping, stop_after)
 

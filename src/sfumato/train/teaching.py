@@ -126,7 +126,10 @@ class Student(Model):
 def as_student(config: Config, begun: Start | None) -> tuple[Config, Start | None]:
     """The configuration of a student, and what it starts from, with what its method asks of the network: what it
     answers, the numbers that it is told, and what its answer is at the data. New layers are drawn by the run's seed.
+    Both are what they were where there is no method.
     """
+    if config.method is None:
+        return config, begun
     line, method = _method(config), build(config.objective, "Objective")
     told = tuple(method.told) if isinstance(method, Tells) else ()
     assert config.model is not None  # its own, or that of its start
