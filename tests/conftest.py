@@ -5,10 +5,15 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no path is never looked for in a network
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from sfumato.pipeline import Pipeline
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -25,3 +30,23 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     train(load_config("tiny", ["device=cpu"]).config, run=folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def pipe() -> "Pipeline":
+    """A pipeline of a small model, which no test may change."""
+    from sfumato.pipeline import Pipeline
+    from small_models import made
+
+    return Pipeline(made(), "cpu")
+
+
+@pytest.fixture
+def doubles() -> "Iterator[Pipeline]":
+    """A pipeline whose weights, state and noise are all float64."""
+    from sfumato.pipeline import Pipeline
+    from small_models import made
+
+    torch.set_default_dtype(torch.float64)
+    yield Pipeline(made(), "cpu")
+    torch.set_default_dtype(torch.float32)

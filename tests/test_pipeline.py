@@ -1,8 +1,6 @@
 """Pipelines: pictures that depend on their seed, their prompt and their settings, and on nothing else."""
 
-from collections.abc import Iterator, Mapping
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,80 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfumato.errors import ConfigError, DataError, MachineError, MemoryShortage
-from sfumato.io.directory import save_model
-from sfumato.io.pictures import read_settings
-from sfumato.model import Model, build_model
-from sfumato.pipeline import Pipeline, Settings, load
+from sfumato.errors import ConfigError, DataError, MemoryShortage
+from sfumato.pipeline import Pipeline, Settings
 from sfumato.samplers import SeededNoise
+from small_models import PROMPTS, drawn, made, rows
 
 SAMPLERS = ("ddim", "euler", "heun", "dpmpp_2m", "ddpm", {"kind": "ddim", "eta": 1.0}, {"kind": "heun", "churn": 10.0})
-BOTH = {
-    "kind": "joined",
-    "parts": [{"kind": "labels"}, {"kind": "prompts", "dim": 8, "depth": 1, "heads": 2, "length": 4}],
-}
-PROMPTS = ("a red circle", {"label": "dog"}, None, {"label": 0, "caption": "two blue squares"})
-
-
-class Data:
-    """Words, and classes that have names."""
-
-    classes = ("cat", "dog")
-
-    def captions(self) -> Iterator[str]:
-        yield "a red circle"
-        yield "two blue squares"
-
-
-def made(**model: Any) -> Model:
-    """A model of pictures of 8 by 12 whose every weight does something."""
-    section = {
-        "path": {"kind": "linear"},
-        "prediction": {"kind": "velocity"},
-        "time_input": {"kind": "thousandths"},
-        "scale_input": None,
-        "net": {"kind": "dit", "patch": 4, "dim": 16, "depth": 2, "heads": 2},
-        "codec": {"kind": "pixels"},
-        "conditioner": BOTH,
-    }
-    sampling = {"sampler": {"kind": "ddim"}, "grid": {"kind": "linear"}, "steps": 4, "guidance": 2.0}
-    spec = {"model": section | model, "size": [8, 12], "sampling": {**sampling, "interval": None, "rescale": 0.0}}
-    torch.manual_seed(0)
-    model_ = build_model(spec, Data())
-    with torch.no_grad():
-        for p in model_.parameters():
-            p.add_(0.15 * torch.randn_like(p))
-    return model_
-
-
-@pytest.fixture(scope="module")
-def pipe() -> Pipeline:
-    return Pipeline(made(), "cpu")
-
-
-@pytest.fixture
-def doubles() -> Iterator[Pipeline]:
-    """A pipeline whose weights, state and noise are all float64."""
-    torch.set_default_dtype(torch.float64)
-    yield Pipeline(made(), "cpu")
-    torch.set_default_dtype(torch.float32)
-
-
-def drawn(pipe: Pipeline, prompts: Any, **options: Any) -> Tensor:
-    """The encoded pictures, before they are rounded."""
-    return list(pipe.steps(prompts, **options))[-1].x
-
-
-def rows(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many rows each forward of the network has, from now on."""
-    seen, forward = list[int](), pipe.model.forward
-
-    def counted(x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        seen.append(len(x))
-        return forward(x, t, cond)
-
-    monkeypatch.setattr(pipe.model, "forward", counted)
-    return seen
 
 
 # What a picture depends on
@@ -130,78 +60,6 @@ def test_the_global_generator_is_left_alone(pipe: Pipeline) -> None:
     torch.manual_seed(1)
     pipe.sample("a", sampler="ddpm")
     assert torch.equal(torch.rand(2), want)
-
-
-# Guidance
-
-
-def test_guidance_of_one_is_the_conditional_answer(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bit for bit, and the null condition is not even evaluated."""
-    seen = rows(pipe, monkeypatch)
-    for step in islice(pipe.steps("a red circle", guidance=1), 4):
-        with torch.no_grad():
-            cond = pipe.model.cond([{"caption": "a red circle"}])
-            assert torch.equal(step.x0, pipe.model.denoiser(step.x, step.t, cond))
-    assert seen == [1, 1, 1, 1]
-
-
-def test_guidance_is_its_formula(doubles: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """null + scale (cond - null), the null condition being the negative prompt where there is one."""
-    seen = rows(doubles, monkeypatch)
-    said = [{"caption": "a red circle"}, {"label": 1}]
-    for negative in (None, "two squares", {"label": "cat"}):
-        against = [{}] if negative is None else [{"caption": negative}] if isinstance(negative, str) else [negative]
-        for step in islice(doubles.steps(said, guidance=3.5, negative=negative), 4):
-            with torch.no_grad():
-                answers = [
-                    doubles.model.denoiser(step.x, step.t, doubles.model.cond(raw)) for raw in (said, against * 2)
-                ]
-            want = answers[1] + 3.5 * (answers[0] - answers[1])
-            torch.testing.assert_close(step.x0, want, rtol=0, atol=1e-12)
-    assert seen == [4] * 12  # both branches of both pictures at once
-
-
-def test_guidance_of_zero_is_no_condition(doubles: Pipeline) -> None:
-    none = drawn(doubles, None, seeds=3, guidance=1)
-    torch.testing.assert_close(drawn(doubles, "a red circle", seeds=3, guidance=0), none, rtol=0, atol=1e-12)
-
-
-def test_a_prompt_against_itself_is_unguided(doubles: Pipeline) -> None:
-    plain = drawn(doubles, "a red circle", guidance=1)
-    torch.testing.assert_close(
-        drawn(doubles, "a red circle", negative="a red circle", guidance=7), plain, rtol=0, atol=1e-11
-    )
-
-
-def test_a_negative_prompt_changes_the_picture(pipe: Pipeline) -> None:
-    pictures = [drawn(pipe, "a red circle", negative=negative) for negative in (None, "two", {"label": 1})]
-    for i in range(3):
-        assert (pictures[i] - pictures[i - 1]).abs().max() > 1e-3
-
-
-def test_an_interval_guides_within_it_only(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The linear path's noise levels at t = 1, 3/4, 1/2, 1/4 are infinite, 3, 1 and 1/3."""
-    seen = rows(pipe, monkeypatch)
-    for interval, want in (
-        ((0, None), [2, 2, 2, 2]),
-        ((0.5, 3), [1, 2, 2, 1]),
-        ((1, None), [2, 2, 1, 1]),
-        ([0, 0.5], [1, 1, 1, 2]),
-    ):
-        seen.clear()
-        list(pipe.steps("a red circle", interval=interval))
-        assert seen == want, interval
-    outside = drawn(pipe, "a red circle", interval=(0, 0.1))
-    assert torch.equal(outside, drawn(pipe, "a red circle", guidance=1))
-
-
-def test_rescaling_reaches_the_guidance(pipe: Pipeline) -> None:
-    """At 1 the guided answer has the conditional one's standard deviation."""
-    for rescale, same in ((0.0, False), (1.0, True)):
-        step = next(pipe.steps("a red circle", guidance=5, rescale=rescale))
-        with torch.no_grad():
-            cond = pipe.model.denoiser(step.x, step.t, pipe.model.cond([{"caption": "a red circle"}]))
-        assert bool(torch.isclose(step.x0.std(), cond.std(), rtol=1e-4)) is same
 
 
 # Steps
@@ -398,81 +256,6 @@ def test_half_precision_is_the_networks_alone(pipe: Pipeline) -> None:
     with pytest.raises(ConfigError) as caught:
         Pipeline(made(), "cpu", precision="fp8")
     assert caught.value.where == "precision"
-
-
-# Pictures that say how they were made
-
-
-def again(pipe: Pipeline, said: Mapping[str, Any]) -> Any:
-    """The picture of some settings, drawn anew."""
-    names = ("steps", "sampler", "grid", "guidance", "interval", "rescale", "size")
-    prompt, negative = (
-        said.get(fields, said[text]) for fields, text in (("fields", "prompt"), ("negative_fields", "negative"))
-    )
-    options = {name: said[name] for name in names}
-    return pipe.sample([prompt], seeds=[said["seed"]], negative=negative, **options).images[0]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"guidance": 1, "size": (4, 8)},
-        {"sampler": {"kind": "ddim", "eta": 0.7}, "grid": {"kind": "karras", "rho": 5.0}, "steps": 5},
-        {"negative": "two squares", "interval": (0.3, 4.0), "rescale": 0.5, "sampler": "ddpm"},
-        {"negative": {"label": "cat"}, "interval": (0.3, None), "guidance": 4.5},
-        {"negative": {"label": "cat", "caption": "two"}},
-    ],
-    ids=lambda options: "-".join(options) or "defaults",
-)
-def test_settings_in_a_png_draw_the_same_picture(doubles: Pipeline, options: dict[str, Any], tmp_path: Path) -> None:
-    samples = doubles.sample(PROMPTS, seeds=20, **options)
-    paths = samples.save(tmp_path)
-    for path, image, said in zip(paths, samples.images, samples.settings, strict=True):
-        kept = read_settings(path)
-        assert kept == said
-        assert np.array_equal(again(doubles, kept), image)
-    assert len({image.tobytes() for image in samples.images}) == len(PROMPTS)
-    assert ((samples.images > 0) & (samples.images < 255)).mean() > 0.02
-
-
-def test_settings_of_a_model_without_conditions_draw_the_same_picture() -> None:
-    pipe = Pipeline(made(conditioner=None), "cpu")
-    samples = pipe.sample([None], seeds=3)
-    assert np.array_equal(again(pipe, samples.settings[0]), samples.images[0])
-
-
-def test_a_loaded_model_draws_the_same_and_says_where_it_is_from(pipe: Pipeline, tmp_path: Path) -> None:
-    save_model(tmp_path / "run" / "model", pipe.model, {"run": "tiny", "steps": 7})
-    loaded = load(tmp_path / "run", "cpu")
-    samples, want = loaded.sample(PROMPTS, seeds=3), pipe.sample(PROMPTS, seeds=3)
-    assert np.array_equal(samples.images, want.images)
-    assert samples.settings[0]["model"] == {"run": "tiny", "steps": 7} and "model" not in want.settings[0]
-
-
-def test_saving_overwrites_nothing(pipe: Pipeline, tmp_path: Path) -> None:
-    samples = pipe.sample(["a red circle", "a red circle", None], seeds=[1, 2, 3])
-    first, second = samples.save(tmp_path / "new" / "folder"), samples.save(tmp_path / "new" / "folder")
-    assert [path.name for path in first] == ["a-red-circle-0000.png", "a-red-circle-0001.png", "picture-0000.png"]
-    assert [path.name for path in second] == ["a-red-circle-0002.png", "a-red-circle-0003.png", "picture-0001.png"]
-    assert [read_settings(path)["seed"] for path in (*first, *second)] == [1, 2, 3, 1, 2, 3]
-    (tmp_path / "file").touch()
-    with pytest.raises(MachineError):
-        samples.save(tmp_path / "file" / "folder")
-
-
-def test_a_sheet_holds_all(pipe: Pipeline) -> None:
-    sheet = pipe.sample(["a", "red", None], seeds=0).grid(columns=2)
-    assert sheet.width >= 2 * 12 and sheet.height >= 2 * 8
-
-
-def test_a_weaker_model_or_part_of_this_one_guides(pipe: Pipeline, tmp_path: Path) -> None:
-    save_model(tmp_path / "weak", made(), {})
-    plain = pipe.sample(["a red circle"], guidance=1).images
-    same = pipe.sample(["a red circle"], guidance={"kind": "autoguidance", "model": str(tmp_path / "weak")}).images
-    assert np.abs(plain.astype(int) - same.astype(int)).max() <= 1  # the same model is no weaker
-    skipped = pipe.sample(["a red circle"], guidance={"kind": "skip_layers", "scale": 4.0, "blocks": [1]}).images
-    assert not np.array_equal(skipped, plain)
 
 
 # Settings that depend on the model

@@ -19,7 +19,7 @@ from sfumato.samplers.ddpm import ddpm
 from sfumato.samplers.dpm_solver import dpmpp_2m
 from sfumato.samplers.unipc import unipc
 from sfumato.starts import begin, known_where
-from test_pipeline import made
+from small_models import made
 
 RNG = np.random.default_rng(0)
 PICTURE = RNG.integers(0, 256, (8, 12, 3), dtype=np.uint8)
