@@ -134,8 +134,8 @@ class SamplingSection(Section):
     noise levels (low, high] within which to guide; no high is no end.
     """
 
-    sampler: Slot = {"kind": "ipndm", "variable": "angle"}
-    grid: Slot = {"kind": "logistic"}
+    sampler: Slot = {"kind": "exp_abm"}
+    grid: Slot = {"kind": "fitted"}
     steps: Positive = 20
     guidance: Annotated[float, Field(ge=0)] | Slot = 3.0
     interval: Interval | None = None
@@ -181,8 +181,8 @@ class PairsSection(Section):
     """
 
     count: Positive = 16384
-    sampler: Slot = {"kind": "ipndm", "variable": "angle"}
-    grid: Slot = {"kind": "logistic"}
+    sampler: Slot = {"kind": "exp_abm"}
+    grid: Slot = {"kind": "fitted"}
     steps: Positive = 20
     batch: Positive = 128
     folder: str | None = None

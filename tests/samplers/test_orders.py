@@ -24,6 +24,8 @@ VARIANTS = [
     *[("ipndm", {"order": p, "variable": "sigma", **START}, p) for p in (2, 4)],
     *[("unipc", {"order": p, "variant": v, **START}, p + 1) for p in (1, 2) for v in ("bh1", "bh2")],
     *[("unipc", {"order": p, "corrector": False, **START}, p) for p in (1, 2, 3)],
+    *[("exp_abm", {"order": p}, p + 1) for p in (1, 2)],
+    ("exp_abm", {"order": 3}, 3),
     ("dpmpp_2m", {"form": "heun"}, 2),
     ("dpmpp_2m", {"of": "noise"}, 2),
     ("dpmpp_2m", {"of": "noise", "form": "heun"}, 2),
