@@ -37,8 +37,8 @@ SAMPLERS = ("ipndm", "dpmpp_2m", "unipc", "ddim")
 SHOWN = (
     "a large red circle",
     "a blue square and a yellow triangle",
-    "three green stars",
-    "a red star left of a blue circle",
+    "three green circles",
+    "a red circle left of a blue square",
 )
 
 
@@ -107,7 +107,7 @@ def taught(method: str, teacher: Path) -> float | None:
 
 
 def side_by_side(path: Path, teacher: Path, methods: list[str]) -> None:
-    """Four prompts a row: the teacher at 50 steps, then every student at 1, 2 and 4."""
+    """Four prompts: the teacher at 50 steps, then every student at 1, 2 and 4."""
     rows: list[tuple[str, Pipeline, int]] = [("teacher, 50", load(teacher), 50)]
     for method in methods:
         rows += [(f"{method}, {calls}", load(Path("runs") / method), calls) for calls in CALLS]

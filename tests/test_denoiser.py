@@ -36,7 +36,7 @@ from sfumato.paths import (
     log_snr,
     noised,
 )
-from sfumato.predictions import EPS, SCORE, VELOCITY, X0, Prediction, V, edm
+from sfumato.predictions import EPS, SCORE, VELOCITY, X0, Prediction, V, bounded, edm
 
 PATHS: tuple[Path, ...] = (
     Linear(),
@@ -46,7 +46,7 @@ PATHS: tuple[Path, ...] = (
     Tabulated(),
     Tabulated("scaled_linear", zero_terminal_snr=True),
 )
-PREDICTIONS = (X0, EPS, V, VELOCITY, SCORE, edm())
+PREDICTIONS = (X0, EPS, V, VELOCITY, SCORE, edm(), bounded())
 paths = pytest.mark.parametrize("path", PATHS, ids=str)
 predictions = pytest.mark.parametrize("prediction", PREDICTIONS, ids=lambda p: p.name)
 

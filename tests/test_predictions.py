@@ -22,9 +22,9 @@ from sfumato.paths import (
     log_snr,
     noised,
 )
-from sfumato.predictions import EPS, SCORE, VELOCITY, X0, Prediction, V, edm
+from sfumato.predictions import EPS, SCORE, VELOCITY, X0, Prediction, V, bounded, edm
 
-PREDICTIONS = (X0, EPS, V, VELOCITY, SCORE, edm(), edm(1.0), edm(1.7), edm(0.5, 1e-4))
+PREDICTIONS = (X0, EPS, V, VELOCITY, SCORE, edm(), edm(1.0), edm(1.7), edm(0.5, 1e-4), bounded(), bounded(0.4))
 ZERO_TERMINAL = (
     Tabulated("scaled_linear", zero_terminal_snr=True),
     Tabulated("cosine", 50, zero_terminal_snr=True),

@@ -44,7 +44,8 @@ class Method:
     about: in a few words. teacher: "needed", "optional" or "none". answers: what its student can be asked for then, see
     `Denoise`. slow: it has a copy that follows the student. critic: it has one, which learns beside the student.
     derivative: it takes forward-mode derivatives of the network. pairs: it learns from noise and where the teacher's
-    flow takes it, in place of data.
+    flow takes it, in place of data. boundary: its student says x itself at the data: a prediction of x0 becomes
+    `sfumato.predictions.bounded`.
     """
 
     about: str
@@ -54,6 +55,7 @@ class Method:
     critic: bool = False
     derivative: bool = False
     pairs: bool = False
+    boundary: bool = False
 
 
 PATHS = {
@@ -73,6 +75,7 @@ PREDICTIONS = {
     "velocity": "sfumato.predictions:VELOCITY",
     "score": "sfumato.predictions:SCORE",
     "edm": "sfumato.predictions:edm()",
+    "bounded": "sfumato.predictions:bounded()",
 }
 TIME_INPUTS = {
     "time": "sfumato.denoiser:as_time",
@@ -134,16 +137,22 @@ METHODS = {
     ),
     "progressive": Method("two steps of the teacher in one, again and again", slow=True),
     "consistency_distillation": Method(
-        "where the teacher's guided flow ends, from steps of a solver (CD)", answers=("endpoint",), slow=True
+        "where the teacher's guided flow ends, from steps of a solver (CD)",
+        answers=("endpoint",),
+        slow=True,
+        boundary=True,
     ),
     "consistency_training": Method(
-        "where the flow ends, from data alone (CT)", teacher="none", answers=("endpoint",), slow=True
+        "where the flow ends, from data alone (CT)", "none", answers=("endpoint",), slow=True, boundary=True
     ),
     "improved_consistency_training": Method(
-        "where the flow ends, from data alone, without a slow copy (iCT)", teacher="none", answers=("endpoint",)
+        "where the flow ends, from data alone, without a slow copy (iCT)", "none", answers=("endpoint",), boundary=True
     ),
     "easy_consistency_training": Method(
-        "where the flow ends, from data, going on from a diffusion model (ECT)", teacher="none", answers=("endpoint",)
+        "where the flow ends, from data, going on from a diffusion model (ECT)",
+        "none",
+        answers=("endpoint",),
+        boundary=True,
     ),
     "continuous_consistency": Method(
         "where the flow ends, in continuous time, of a teacher or of data alone (sCD, sCT)",
@@ -151,6 +160,7 @@ METHODS = {
         answers=("endpoint",),
         critic=True,
         derivative=True,
+        boundary=True,
     ),
     "distribution_matching": Method(
         "the teacher's guided distribution in a few steps, by a score of the student's own (DMD2)",

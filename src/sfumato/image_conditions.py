@@ -168,17 +168,19 @@ class Inpainting(OfPictures):
     """A picture and a mask, white where it is drawn anew. Cond: concat (B, 1 + C, h, w): the mask, then the picture
     without what is masked, encoded. So Stable Diffusion's nine channels: latents, mask, masked latents.
 
-    Both stay where guidance compares with no condition. Where there is no picture, all is masked. Training masks its
-    pictures itself: everything in a quarter of them, else up to four rectangles (Rombach et al. 2022, section 4.5).
+    whole: the mask keeps all its pixels, as channels behind the picture's, (B, C + f^2, h, w) where the codec makes f x
+    f pixels a place (FLUX.1 Fill). Both stay where guidance compares with no condition. Where there is no picture, all
+    is masked. Training masks its pictures itself: everything in a quarter of them, else up to four rectangles (Rombach
+    et al. 2022, section 4.5).
     """
 
-    def __init__(self, *, image: str = "image", mask: str = "mask") -> None:
+    def __init__(self, *, image: str = "image", mask: str = "mask", whole: bool = False) -> None:
         super().__init__(image, mask, kept=True)
-        self.image, self.mask = image, mask
+        self.image, self.mask, self.whole = image, mask, whole
 
     def of_codec(self, codec: Codec) -> None:
         super().of_codec(codec)
-        self.channels = codec.channels + 1
+        self.channels = codec.channels + (factor_of(codec) ** 2 if self.whole else 1)
 
     def sized(self, raw: Sequence[Raw], size: Size) -> list[Raw]:
         return [{**one, **(self._read(one, size) or self._nothing(size))} for one in raw]
@@ -208,6 +210,9 @@ class Inpainting(OfPictures):
         )
         free = (masks.mean(1, keepdim=True) >= 0.5).float()
         latents = self.encoded((2 * pixels - 1) * (1 - free))
+        if self.whole:
+            inside = nn.functional.pixel_unshuffle(free, free.shape[2] // latents.shape[2])
+            return {CONCAT: torch.cat([latents, inside], 1)}
         return {CONCAT: torch.cat([nn.functional.interpolate(free, latents.shape[2:]), latents], 1)}
 
     def _nothing(self, size: Size) -> dict[str, Image]:
@@ -287,6 +292,12 @@ class Hint(OfPictures):
         if len(there) == len(raw):
             return {HINT: hint}
         return {HINT: hint, SCALE: torch.tensor([float(image is not None) for image in found]).to(pixels.device)}
+
+
+def factor_of(codec: Codec) -> int:
+    """Pixels a side of a place of a codec's maps."""
+    side = 1024  # a multiple of all
+    return side // codec.shape(side, side)[1]
 
 
 def encoded(pixels: Tensor, codec: Codec, *, shifted: bool = True) -> Tensor:

@@ -80,10 +80,14 @@ def from_resolved(raw: Mapping[str, Any], source: str) -> Config:
 
 def run_data(run: Path) -> Any:
     """The data source of a run, or of the run that a model directory lies in; None where there is no config.yaml."""
+    said = run_config(run)
+    return None if said is None else build(source_of(said["data"]), "Data")
+
+
+def run_config(run: Path) -> dict[str, Any] | None:
+    """What is in the config.yaml of a run, or of the run that a model directory lies in; None where there is none."""
     config = next((one for one in (Path(run) / "config.yaml", Path(run) / "../config.yaml") if one.is_file()), None)
-    if config is None:
-        return None
-    return build(source_of(parse_yaml(config.read_text(encoding="utf-8"), str(config))["data"]), "Data")
+    return None if config is None else parse_yaml(config.read_text(encoding="utf-8"), str(config))
 
 
 def _read(source: str, origins: dict[str, str], above: tuple[Path, ...]) -> dict[str, Any]:

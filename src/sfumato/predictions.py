@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sfumato.errors import ConfigError
 from sfumato.paths import Path, along
 
 
@@ -77,6 +78,22 @@ def edm(sigma_data: float = 0.5, sigma_min: float = 0.0) -> Prediction:
         return above * norm / (sigma_data * inside), -sigma_data * alpha * sigma * norm / (inside * above)
 
     return Prediction(f"edm({sigma_data:g})" if not sigma_min else f"edm({sigma_data:g}, {sigma_min:g})", mix)
+
+
+def bounded(level: float = 0.1) -> Prediction:
+    """x0, but for a share w of x / alpha itself: D = w x / alpha + (1 - w) y, where w = level^2 / (s^2 + level^2).
+
+    A network that predicts x0 has no word of its own at the data that is sure to be x. With this it has, as consistency
+    models need; above `level`, a noise level s = sigma / alpha, it is nearly what it was (Luo et al. 2023, eq. 9).
+    """
+    if not level > 0:
+        raise ConfigError("a boundary lies at a noise level", where="prediction.level", seen=f"{level:g}", fix="0.1")
+
+    def mix(path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
+        sigma = path.sigma(t)
+        return torch.ones_like(sigma), -(level**2) * path.alpha(t) / _tiny(sigma)
+
+    return Prediction(f"bounded({level:g})", mix)
 
 
 def _tiny(sigma: Tensor) -> Tensor:

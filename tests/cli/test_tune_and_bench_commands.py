@@ -10,6 +10,7 @@ from commands import Command
 from PIL import Image as Pillow
 
 from sfumato.errors import CheckpointError, ConfigError
+from sfumato.io.directory import load_model, save_model
 from sfumato.io.pictures import read_settings
 from sfumato.pipeline import load
 
@@ -95,3 +96,25 @@ def test_a_recipe_name_means_the_recipe_whatever_lies_here(sfumato: Command, run
     outcome = sfumato("train", "tiny", "--print-config", "--json")
     assert outcome.code == 0 and json.loads(outcome.out)["steps"] == 20
     assert sfumato("train", "tiny", "steps=1", "device=cpu", "--run", "new").code == 0
+
+
+def test_of_a_model_that_jumps_the_times_are_searched_for(sfumato: Command, run: Path) -> None:
+    """Against its teacher's pictures, the data's, or nothing, which is refused."""
+    student = Path("runs/student")
+    shutil.copytree(run, student)
+    model = load_model(student / "model")
+    how = {"sampler": {"kind": "consistency"}, "grid": {"kind": "logistic"}, "steps": 2, "guidance": 1.0}
+    model.spec |= {"model": {**model.spec["model"], "answers": ["endpoint"]}, "sampling": how}
+    save_model(student / "model", model, model.facts)
+    few = ("--n", "4", "--batch", "4", "--device", "cpu", "--json")
+    outcome = sfumato("tune-sampler", student, "--steps", "3", "--teacher", run, *few)
+    assert outcome.code == 0, outcome.err
+    said = json.loads(outcome.out)
+    assert said["sampler"] == {"kind": "consistency"} and said["error"] <= said["before"]
+    times = said["grid"]["times"]
+    assert len(times) == 4 and times == sorted(times, reverse=True) and (times[0], times[-1]) == (1, 0)
+    assert load(student, "cpu").settings(steps=3).grid == said["grid"]
+    assert sfumato("tune-sampler", student, "--steps", "2", *few).code == 0  # the run's data
+    Path("prompts.txt").write_text("a red circle\n")
+    outcome = sfumato("tune-sampler", student, "--steps", "2", "--prompts", "prompts.txt", *few)
+    assert outcome.code == 2 and "nothing to compare" in outcome.err

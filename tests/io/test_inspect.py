@@ -35,6 +35,17 @@ def test_a_model_directory(tmp_path: Path) -> None:
     assert said["missing"] == []
 
 
+@pytest.mark.parametrize(("axes", "family"), [(1, "ddpm"), (2, "consistency")])
+def test_files_of_pixel_unets_tell_their_family(axes: int, family: str, tmp_path: Path) -> None:
+    """ADM's and consistency models' have the same names; the convolutions of their attention have not the same axes."""
+    names = ("input_blocks.1.0.in_layers.2.weight", "time_embed.0.weight", "out.2.weight")
+    state = {name: torch.ones(4, 4, 3, 3) for name in names}
+    state["input_blocks.1.1.qkv.weight"] = torch.ones(12, 4, *[1] * axes)
+    torch.save(state, tmp_path / "model.pt")
+    said = inspected(tmp_path / "model.pt")
+    assert said["family"] == family and said["kind"] == "single file" and said["missing"] == []
+
+
 def test_a_folder_of_diffusers_with_a_part_missing(tmp_path: Path) -> None:
     unet = diffusers.UNet2DConditionModel(
         sample_size=8,

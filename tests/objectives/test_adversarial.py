@@ -113,6 +113,19 @@ def test_the_penalty_smooths_the_heads() -> None:
     torch.testing.assert_close(slopes[1] - slopes[0], lesson.critic.weight.detach())  # of |w|^2 / 2
 
 
+def test_in_the_warm_up_the_heads_learn_and_the_student_learns_from_the_teacher_alone() -> None:
+    objective = Adversarial(Linearly, warmup=1)
+    x0 = torch.randn(16, 2, generator=rng(1), dtype=torch.float64)
+    lesson = lesson_on(Linear(), objective)
+    loss = objective(lesson, x0, rng=rng())
+    loss.value.backward()
+    assert torch.equal(loss.value.detach(), loss.parts["regression"]) and "discriminator" in loss.parts
+    assert isinstance(lesson.critic, Linearly) and lesson.critic.weight.grad is not None
+    strong = lesson_on(Linear(), objective)
+    replace(objective, adversarial=100.0)(strong, x0, rng=rng()).value.backward()
+    assert torch.equal(strong.student.net.by.grad, lesson.student.net.by.grad)
+
+
 def test_judged_nothing_is_contested_and_the_number_is_the_distance() -> None:
     objective = Adversarial(Linearly)
     x0 = torch.randn(16, 2, generator=rng(1), dtype=torch.float64)
@@ -145,9 +158,9 @@ def test_a_student_draws_a_mixture_in_few_steps() -> None:
     student.load_state_dict(teacher.state_dict())
     lesson = Lesson(student, Teacher(teacher, {}, dict, Unguided()), critic=critic)
     optimizer = torch.optim.Adam([*student.parameters(), *critic.parameters()], 1e-3, betas=(0.5, 0.95))
-    for i in range(800):
+    for i in range(500):
         optimizer.zero_grad()
-        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - i / 800)
+        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - i / 500)
         objective(replace(lesson, step=i), data.draw(256, rng(i)).float(), rng=rng(i)).value.backward()
         optimizer.step()
     seen = {steps: (apart(student, steps), apart(teacher, steps)) for steps in (1, 2, 4)}

@@ -19,7 +19,7 @@ from sfumato.grids import karras, logistic
 from sfumato.objectives import ConsistencyDistillation, ConsistencyTraining
 from sfumato.objectives.consistency import HUBER, apart, end_of
 from sfumato.paths import Cosine, Linear, Path, Tabulated, VarianceExploding
-from sfumato.predictions import EPS, VELOCITY, X0, Prediction, V, edm
+from sfumato.predictions import EPS, VELOCITY, X0, Prediction, V, bounded, edm
 
 PATHS: tuple[Path, ...] = (Linear(), Cosine(), Tabulated(zero_terminal_snr=True), VarianceExploding(20.0))
 paths = pytest.mark.parametrize("path", PATHS, ids=str)
@@ -38,7 +38,7 @@ def exact_step(exact: Any) -> Any:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("prediction", [X0, VELOCITY, V, edm()], ids=lambda p: p.name)
+@pytest.mark.parametrize("prediction", [X0, VELOCITY, V, edm(), bounded()], ids=lambda p: p.name)
 @paths
 def test_the_exact_ends_are_a_fixed_point(path: Path, prediction: Prediction, shape: tuple[int, ...]) -> None:
     """Of every prediction, that of x0 too, from pure noise to the data: no loss, and nothing pulls."""

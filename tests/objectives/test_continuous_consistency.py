@@ -16,12 +16,12 @@ from sfumato.objectives.continuous_consistency import Uncertainty, by_log_level
 from sfumato.objectives.teaching import Lesson
 from sfumato.objectives.weights import EDM, Flat
 from sfumato.paths import Cosine, Linear, Path, Tabulated, VarianceExploding, along, log_snr, noised
-from sfumato.predictions import EPS, VELOCITY, X0, Prediction, V, edm
+from sfumato.predictions import EPS, VELOCITY, X0, Prediction, V, bounded, edm
 from sfumato.times import Uniform
 
 PATHS: tuple[Path, ...] = (Linear(), Cosine(), Tabulated(), VarianceExploding(20.0))
 paths = pytest.mark.parametrize("path", PATHS, ids=str)
-predictions = pytest.mark.parametrize("prediction", [X0, EPS, VELOCITY, V, edm()], ids=lambda p: p.name)
+predictions = pytest.mark.parametrize("prediction", [X0, EPS, VELOCITY, V, edm(), bounded()], ids=lambda p: p.name)
 
 
 def states(path: Path, exact: Gaussian, n: int = 6) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -14,7 +14,7 @@ from sfumato.grids import logistic
 from sfumato.objectives import EasyConsistencyTraining, ImprovedConsistencyTraining
 from sfumato.objectives.improved_consistency import per_span
 from sfumato.paths import Cosine, Linear, Path, Tabulated, VarianceExploding
-from sfumato.predictions import EPS, VELOCITY, X0, Prediction, edm
+from sfumato.predictions import EPS, VELOCITY, X0, Prediction, bounded, edm
 from sfumato.times import LogNormal, Uniform
 
 PATHS: tuple[Path, ...] = (Linear(), Cosine(), Tabulated(zero_terminal_snr=True), VarianceExploding(80.0))
@@ -78,7 +78,7 @@ def test_the_lower_level_of_easy_training() -> None:
 
 
 @paths
-@pytest.mark.parametrize("prediction", [X0, VELOCITY, edm()], ids=lambda p: p.name)
+@pytest.mark.parametrize("prediction", [X0, VELOCITY, edm(), bounded()], ids=lambda p: p.name)
 @pytest.mark.parametrize("shape", SHAPES[::3], ids=str)
 def test_pairs_from_one_noise_bring_no_gradient_when_near(path: Path, prediction: Prediction, shape: tuple) -> None:  # type: ignore[type-arg]
     """For pairs that close in, the exact ends are stationary: the pull falls to the noise of the draws."""

@@ -22,7 +22,7 @@ from sfumato.errors import CheckpointError, ConfigError, DataError
 from sfumato.io.directory import load_model
 from sfumato.io.families import ddpm
 from sfumato.io.families.autoencoder import modern
-from sfumato.io.families.pixel_unet import Heads, Original, lines, seen_in
+from sfumato.io.families.pixel_unet import Heads, Original, is_of_two_axes, lines, seen_in
 from sfumato.io.inspect import inspected
 from sfumato.io.keymap import DIFFUSERS, ORIGINAL, OURS, renamed
 from sfumato.io.published import load_published, save_file, save_published
@@ -618,6 +618,7 @@ def test_shapes_of_published_files(name: str, tmp_path: Path) -> None:
     found = ddpm.DDPM().read_file(state, tmp_path / f"{name}.pt", None)
     assert found.section["net"] == ddpm.slot_of(config)
     assert found.state.keys() == {f"net.{key}" for key in net.state_dict()}
+    assert is_of_two_axes({key: value.shape for key, value in state.items()}) == name.startswith("consistency")
 
 
 # Learned variances

@@ -91,6 +91,21 @@ def test_a_folder_of_diffusers_draws_the_same_picture(
     assert float((torch.from_numpy(drawn.images[0]) / 255 - theirs(pipe, **options)).abs().max()) < 0.51 / 255
 
 
+def test_the_second_encoder_may_have_a_prompt_of_its_own(whole: tuple[Any, Path]) -> None:
+    pipe, folder = whole
+    told = {"prompt_2": "a blue square", "negative_prompt": "a dog", "negative_prompt_2": "a cat"}
+    expected = theirs(pipe, guidance_scale=4.0, **told)
+    pipeline = load(folder, "cpu")
+    prompt = "a red circle"
+    settings: dict[str, Any] = {"steps": 6, "guidance": 4.0, "seeds": 7, "size": 16}
+    negative = {"caption": "a dog", "prompt_2": "a cat"}
+    drawn = pipeline.sample({"caption": prompt, "prompt_2": "a blue square"}, negative=negative, **settings)
+    assert float((torch.from_numpy(drawn.images[0]) / 255 - expected).abs().max()) < 1.01 / 255
+    assert drawn.settings[0]["fields"]["prompt_2"] == "a blue square"
+    alone = pipeline.sample(prompt, negative="a dog", **settings).images
+    assert (alone != drawn.images).any()
+
+
 def test_sizes_are_told(whole: tuple[Any, Path]) -> None:
     pipe, folder = whole
     told = {"original_size": (64, 48), "crops_coords_top_left": (3, 5), "target_size": (32, 40)}

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from sfumato import load
 from sfumato.errors import CheckpointError, ConfigError
+from sfumato.io.directory import save_model
 from sfumato.io.families.controlnet import read_control, write_control
+from sfumato.io.published import save_published
 from sfumato.nets.control_flux import FluxControl
 from sfumato.nets.control_mmdit import MMDiTControl
 from sfumato.nets.controlled import Controlled
@@ -204,6 +206,31 @@ def test_flux_draws_the_same_under_control(name: str, tmp_path: Path, certain: N
     plain = torch.from_numpy(pipeline.sample("a red circle", **settings).images) / 255
     assert float((here - expected).abs().max()) < 1.01 / 255 < float((plain - expected).abs().max())
     assert drawn.settings[0]["control"][0].get("mode") == (2 if control.union else None)
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_a_pipeline_with_a_control_is_a_model_and_goes_back(family: str, tmp_path: Path, certain: None) -> None:
+    """The same picture by the control within and beside, and in diffusers after the way there and back."""
+    pipe = sd3_pipeline(tmp_path, True) if family == "sd3" else flux_pipeline(tmp_path, "dev")
+    control = their_control("sd3 without norms" if family == "sd3" else "flux")
+    kind = "StableDiffusion3ControlNetPipeline" if family == "sd3" else "FluxControlNetPipeline"
+    whole = getattr(diffusers, kind)(**pipe.components, controlnet=control)
+    whole.save_pretrained(tmp_path / "controlled")
+    pipeline = load(tmp_path / "controlled", "cpu")
+    settings: dict[str, Any] = {"steps": 3, "size": (16, 24), "seeds": 7}
+    asked = {"caption": "a red circle", "control": picture()}
+    drawn = pipeline.sample(asked, **settings).images
+    apart = load(tmp_path / "whole", "cpu")
+    beside = apart.sample("a red circle", control={str(tmp_path / "controlled" / "controlnet"): picture()}, **settings)
+    assert np.abs(drawn.astype(int) - beside.images).max() <= 1
+    assert (drawn != apart.sample("a red circle", **settings).images).any()
+    save_published(tmp_path / "back", pipeline.model)
+    again = getattr(diffusers, kind).from_pretrained(tmp_path / "back")
+    state = control.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in again.controlnet.state_dict().items())
+    assert np.array_equal(load(tmp_path / "back", "cpu").sample(asked, **settings).images, drawn)
+    save_model(tmp_path / "ours", pipeline.model, {})
+    assert np.array_equal(load(tmp_path / "ours", "cpu").sample(asked, **settings).images, drawn)
 
 
 # What does not fit

@@ -64,10 +64,11 @@ def test_where_the_student_stands_still_it_does_so_to_the_last_bit(teacher: Path
         run.close()
 
 
+@pytest.mark.parametrize("lora", ["null", "{rank: 2}"])
 @methods
-def test_a_resumed_run_is_the_same_to_the_last_bit(teacher: Path, tmp_path: Path, method: str) -> None:
-    train(student(teacher, method), run=tmp_path / "whole")
-    stopped(student(teacher, method), tmp_path / "parts", 4)
+def test_a_resumed_run_is_the_same_to_the_last_bit(teacher: Path, tmp_path: Path, method: str, lora: str) -> None:
+    train(student(teacher, method, f"lora={lora}"), run=tmp_path / "whole")
+    stopped(student(teacher, method, f"lora={lora}"), tmp_path / "parts", 4)
     train(load_config(str(tmp_path / "parts/config.yaml")).config, run=tmp_path / "parts", resume=True)
     one, other = kept(tmp_path / "whole"), kept(tmp_path / "parts")
     assert one.keys() == other.keys()
@@ -87,3 +88,15 @@ def test_the_critic_is_in_checkpoints_and_not_in_the_model(teacher: Path, tmp_pa
     assert {"discriminator"} <= set().union(*rows) and any("validation" in row for row in rows)
     for steps in (1, 2):
         assert load(tmp_path / "run", "cpu").sample("a red square", steps=steps).images.shape == (1, 32, 32, 3)
+
+
+def test_a_low_rank_change_is_a_student_too(teacher: Path, tmp_path: Path) -> None:
+    """Its critic is the whole network all the same."""
+    train(student(teacher, "matching", "lora={rank: 2}", "steps=4"), run=tmp_path / "run")
+    newest = read_weights(checkpoint.found(tmp_path / "run/checkpoints")[0] / "model.safetensors")
+    before, after = load_model(teacher / "model").weights(), load_model(tmp_path / "run/model").weights()
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed and all("attention" in name or "feed" in name for name in changed)
+    own = {name.removeprefix("critic.denoiser.") for name in newest if name.startswith("critic.denoiser.net.")}
+    assert own == {name for name in before if name.startswith("net.")}
+    assert (tmp_path / "run/lora.safetensors").exists()

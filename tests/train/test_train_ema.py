@@ -99,8 +99,8 @@ def test_a_run_averages_after_every_update_and_counts_updates_only(
     run = start("ema=[{decay: 0.999}]")
     gradients = Stepper.gradients
 
-    def struck(self: Stepper, batches: Any, step: int) -> Outcome:
-        outcome = gradients(self, batches, step)
+    def struck(self: Stepper, batches: Any, step: int, updates: int) -> Outcome:
+        outcome = gradients(self, batches, step, updates)
         return outcome._replace(loss=float("nan")) if step == 1 else outcome
 
     monkeypatch.setattr(Stepper, "gradients", struck)

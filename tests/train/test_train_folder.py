@@ -49,7 +49,7 @@ def test_a_folder_with_other_things_is_left_alone(small: Small, tmp_path: Path, 
 def test_what_a_run_left_before_its_first_checkpoint_does_not_hinder_another(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(self: Stepper, batches: Any, step: int) -> Any:
+    def broken(self: Stepper, batches: Any, step: int, updates: int) -> Any:
         raise RuntimeError("a bug")
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="a bug"):
@@ -105,7 +105,7 @@ def test_a_smaller_memory_is_explained(small: Small, tmp_path: Path, monkeypatch
         RuntimeError("can't allocate memory: 9 bytes"),
     ):
 
-        def short(self: Stepper, batches: Any, step: int, error: BaseException = error) -> Any:
+        def short(self: Stepper, batches: Any, step: int, updates: int, error: BaseException = error) -> Any:
             raise error
 
         monkeypatch.setattr(Stepper, "gradients", short)

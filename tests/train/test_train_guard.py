@@ -106,8 +106,8 @@ def struck(monkeypatch: pytest.MonkeyPatch, factor: float, *steps: int) -> None:
     """At some steps the loss is multiplied, and with it every gradient."""
     loss_of = Stepper.loss
 
-    def loss(self: Stepper, batch: Any, step: int, micro: int) -> Loss:
-        loss = loss_of(self, batch, step, micro)
+    def loss(self: Stepper, batch: Any, step: int, micro: int, updates: int | None = None) -> Loss:
+        loss = loss_of(self, batch, step, micro, updates)
         return loss._replace(value=loss.value * factor) if step in steps and micro == 0 else loss
 
     monkeypatch.setattr(Stepper, "loss", loss)

@@ -143,10 +143,10 @@ def test_sigterm_saves_and_says_how_to_go_on(small: Small, tmp_path: Path) -> No
 def test_a_signal_lets_the_step_finish(
     small: Small, tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def struck(self: Stepper, batches: Any, step: int) -> Any:
+    def struck(self: Stepper, batches: Any, step: int, updates: int) -> Any:
         if step == 2:
             os.kill(os.getpid(), number)
-        return gradients(self, batches, step)
+        return gradients(self, batches, step, updates)
 
     gradients, handler = Stepper.gradients, signal.getsignal(number)
     monkeypatch.setattr(Stepper, "gradients", struck)
@@ -157,11 +157,11 @@ def test_a_signal_lets_the_step_finish(
 
 
 def test_a_second_ctrl_c_stops_at_once(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def struck(self: Stepper, batches: Any, step: int) -> Any:
+    def struck(self: Stepper, batches: Any, step: int, updates: int) -> Any:
         if step == 2:
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
-        return gradients(self, batches, step)
+        return gradients(self, batches, step, updates)
 
     gradients = Stepper.gradients
     monkeypatch.setattr(Stepper, "gradients", struck)

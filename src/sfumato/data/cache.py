@@ -41,14 +41,14 @@ class LatentStore:
 
     kind: ClassVar[str] = "latents"
     again: ClassVar[str] = "sfumato data cache, once more"
-    most: ClassVar[int] = MOST_ROWS  # of a shard
+    most: ClassVar[int | None] = None  # rows of a shard, if fewer than of others
 
     def __init__(self, folder: Path, about: Mapping[str, Any], rows: int, shape: tuple[int, int, int]) -> None:
         self.about = {"version": VERSION, **about, "rows": rows, "shape": list(shape)}
         self.folder = folder / self.kind / digest_of(self.about)[:32]
         self.rows, self.shape = rows, shape
         each = 2 * 4 * int(np.prod(shape))
-        self.shard = min(self.most, max(1, SHARD_BYTES // each))
+        self.shard = min(self.most or MOST_ROWS, max(1, SHARD_BYTES // each))
         self._open: dict[int, Floats] = {}
         self._guard = threading.Lock()
 

@@ -18,7 +18,7 @@ class PairStore(LatentStore):
 
     kind: ClassVar[str] = "pairs"
     again: ClassVar[str] = "the command that made them, once more"
-    most: ClassVar[int] = 256  # takes a teacher long enough
+    most: ClassVar[int | None] = 256  # takes a teacher long enough
 
 
 class Paired:

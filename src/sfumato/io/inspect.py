@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from sfumato.errors import CheckpointError
 from sfumato.hub import located
 from sfumato.io.directory import read_description
+from sfumato.io.families.pixel_unet import is_of_two_axes
 from sfumato.io.family import families
 from sfumato.io.parts import INDEX, part_of
 from sfumato.io.pretrained import read_json, read_state
@@ -35,7 +36,7 @@ PARTS = {  # of single files: what a part is called, by the beginnings of its na
     "average of the network": ("model_ema.",),
 }
 
-PIXELS = ("ddpm",)  # families whose files are whole with a network alone
+PIXELS = ("ddpm", "consistency")  # families whose files are whole with a network alone
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,8 @@ def _file(file: Path) -> dict[str, Any]:
     if any(".lora_" in name or "lora_down" in name or "lora_A" in name for name in found.shapes):
         return {"kind": "LoRA", **_lora(found), **found.counted()}
     family = next((name for name, one in families().items() if one.knows(found.shapes.keys())), None)
+    if family == "ddpm" and is_of_two_axes(found.shapes):
+        family = "consistency"  # whose files have the same names
     parts = {name: found.under(beginnings) for name, beginnings in PARTS.items()}
     parts = {name: part for name, part in parts.items() if part.shapes}
     kind = "single file" if family else "weights"

@@ -52,7 +52,9 @@ def write_part(path: Path, state: Mapping[str, Tensor], dtype: torch.dtype) -> N
 def write_index(place: Path, kind: str, parts: Mapping[str, Any], model: Model) -> None:
     """model_index.json, and beside it what it has no place for."""
     write_json(place / INDEX, {"_class_name": kind, "_diffusers_version": VERSION, **dict(sorted(parts.items()))})
-    own = {"sampling": model.spec["sampling"], "size": model.spec["size"], "facts": model.facts}
+    own = {name: model.spec[name] for name in ("sampling", "size")} | {"facts": model.facts}
+    if "answers" in model.spec["model"]:  # of a student, which nothing else tells
+        own["answers"] = model.spec["model"]["answers"]
     write_json(place / OWN, own)
 
 
@@ -361,10 +363,24 @@ def join_text(
 
 def text_of(conditioner: Conditioner | None) -> Text | None:
     """The text encoder of a model that is told a prompt, alone or joined with pictures."""
+    found = beside_pictures(conditioner, Inpainting, Hint)[0]
+    return found if isinstance(found, Text) else None
+
+
+def texts_of(conditioner: Conditioner | None, *kinds: type[Conditioner]) -> Texts | None:
+    """The text encoders of a model that has several, alone or joined with what gives pictures: a control's, unless
+    other kinds are said.
+    """
+    found = beside_pictures(conditioner, *(kinds or (Hint,)))[0]
+    return found if isinstance(found, Texts) else None
+
+
+def beside_pictures(conditioner: object, *kinds: type[Conditioner]) -> tuple[object, object]:
+    """A conditioner and nothing, or of two joined ones the first, and the other, which is of one of some kinds."""
     if isinstance(conditioner, Joined) and len(conditioner.parts) == 2:
         first, other = conditioner.parts
-        return first if isinstance(first, Text) and isinstance(other, (Inpainting, Hint)) else None
-    return conditioner if isinstance(conditioner, Text) else None
+        return (first, other) if isinstance(other, kinds) else (None, None)
+    return conditioner, None
 
 
 def tokenizer_length(folder: Path, part: str = "tokenizer") -> int:

@@ -59,6 +59,8 @@ def _folder(folder: Path) -> Published:
     found, own = known[kind].read_folder(folder, index), read_own(folder)
     found.size, found.sampling = own.get("size") or found.size, own.get("sampling") or found.sampling
     found.facts = own.get("facts") or found.facts
+    if "answers" in own:
+        found.section["answers"] = own["answers"]
     return found
 
 

@@ -6,7 +6,7 @@ they object to is structure where there is much noise and texture where there is
 is held to its prompt by the teacher's guided answer to its own picture noised, which counts alpha(t).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -29,7 +29,7 @@ from sfumato.objectives.critics import (
     wide,
 )
 from sfumato.objectives.denoising import Loss
-from sfumato.objectives.endpoints import regression
+from sfumato.objectives.endpoints import regression, teacher_of
 from sfumato.objectives.teaching import Lesson
 from sfumato.paths import noised
 from sfumato.times import Density, LogitNormal, Uniform
@@ -74,7 +74,7 @@ class Adversarial:
         `distillation` is 0; its gradient is that of everything. In the warm-up it is the square error.
         """
         if lesson.step is not None and lesson.step < self.warmup:
-            return regression(lesson, x0, cond, rng, self.at, self.flow).loss
+            return self._begun(lesson, x0, cond, rng)
         t, drawn = self.answers(lesson.student, x0, cond, rng)
         apart = (drawn - x0).square().flatten(1).mean(1)
         if self.distillation:
@@ -85,6 +85,14 @@ class Adversarial:
         parts = {"distillation": said} if self.distillation else {}
         contest = self._contest(lesson, drawn, x0, rng, parts)
         return Loss(valued(said, self.distillation * said + contest), each, t, detached(parts))
+
+    def _begun(self, lesson: Lesson, x0: Tensor, cond: Cond | None, rng: Generator | None) -> Loss:
+        """A step of the warm-up, in which the heads learn already what the student answers."""
+        shown, drawn, rows = regression(lesson, x0, cond, rng, self.at, self.flow)
+        parts = dict(shown.parts)
+        few = replace(lesson, teacher=teacher_of(lesson.taught, rows))
+        contest = self._contest(few, drawn.detach(), x0[rows.to(x0.device)], rng, parts)
+        return shown._replace(value=valued(shown.value, shown.value + contest), parts=detached(parts))
 
     def answers(self, student: Denoiser, x0: Tensor, cond: Cond | None, rng: Generator | None) -> tuple[Tensor, Tensor]:
         """Times (B,), as evenly drawn as the batch allows, and the student's answers there to pictures noised."""

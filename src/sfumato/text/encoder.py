@@ -40,7 +40,8 @@ class Text(Conditioner):
     silent: with `masked`, of a prompt that is not said no word counts, rather than the end of the empty one; for
     networks with a caption of their own for that.
     template: what the prompt is put into, at "{}"; drop: its first pieces, read but not given to the network.
-    lower: in lower case, without space at either end. field: the raw field that is read.
+    lower: in lower case, without space at either end. field: the raw field that is read. apart: a field that is read in
+    its place where it is there: a prompt for this one of several encoders.
     emphasis: whether `(word:1.2)` and `[word]` weigh words, see `sfumato.text.emphasis`, or are read as they stand.
     chunks: of CLIP, the most windows of `length` that a long prompt is cut into; their states follow one another, and
     context_mask tells the windows that there are (begin and end in each; pooled is the first one's).
@@ -62,19 +63,21 @@ class Text(Conditioner):
         drop: int = 0,
         lower: bool = False,
         field: str = "caption",
+        apart: str | None = None,
         emphasis: bool = False,
         chunks: int = 1,
     ) -> None:
         super().__init__()
         _checked(length, skip, layers, template, drop, chunks)
-        self.weights, self.part, self.length, self.field = weights, part, length, field
+        self.weights, self.part, self.length, self.field, self.apart = weights, part, length, field, apart
         self.skip, self.normed, self.layers = skip, normed, tuple(layers)
         self.masked, self.template, self.drop, self.lower = masked, template, drop, lower
         if silent and not masked:
             fix = "model.conditioner.masked=true"
             raise ConfigError("silence is told by the mask", where="model.conditioner.silent", seen="no mask", fix=fix)
         self.silent = silent
-        self.fields, self.has_pooled, self.emphasis, self.chunks = (field,), pooled, emphasis, chunks
+        self.fields = (field,) if apart is None else (field, apart)
+        self.has_pooled, self.emphasis, self.chunks = pooled, emphasis, chunks
         self.kind = ""  # the class of transformers
         self.encoder: Any = None
         self.tokenizer: Any = None
@@ -97,7 +100,7 @@ class Text(Conditioner):
         elif self.masked:
             cond[MASK] = read.mask[:, self.drop :].bool()
             if self.silent:
-                said_ = [one.get(self.field) is not None for one in raw]
+                said_ = [self.said(one) is not None for one in raw]
                 cond[MASK] = cond[MASK] & torch.tensor(said_, device=read.mask.device)[:, None]
         return cond
 
@@ -127,7 +130,7 @@ class Text(Conditioner):
     def _read(self, raw: Sequence[Raw]) -> "Read":
         texts, weights = [], []
         for one in raw:
-            text, each = self._told(str(one.get(self.field) or ""))
+            text, each = self._told(str(self.said(one) or ""))
             texts.append(text)
             weights.append(each)
         options: dict[str, Any] = {"return_offsets_mapping": True} if self.emphasis else {}
@@ -202,13 +205,18 @@ class Text(Conditioner):
             seen = f"length {length} of {config.max_position_embeddings}, skip {skip} of {config.num_hidden_layers}"
             raise ConfigError("a text encoder has no more than it has", where="model.conditioner", seen=seen)
 
+    def said(self, one: Raw) -> Any:
+        """What it reads of a raw condition; None where nothing is said."""
+        told = None if self.apart is None else one.get(self.apart)
+        return one.get(self.field) if told is None else told
+
     @property
     def is_clip(self) -> bool:
         """Whether it is one of CLIP's, with or without a projection."""
         return self.kind in (CLIP, PROJECTED)
 
     def check(self, raw: Sequence[Raw]) -> None:
-        for text in captions_of(raw, self.field):
+        for text in captions_of([{self.field: self.said(one)} for one in raw], self.field):
             if (pieces := self.counted(text)) > self.most:
                 raise too_long(text, pieces, self.most)
 

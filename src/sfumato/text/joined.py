@@ -57,7 +57,7 @@ class Texts(Conditioner):
         _checked(parts, texts, join)
         self.parts = nn.ModuleList(texts)
         self.join, self.weights, self.width, self.zeros, self.sizes = join, weights, width, zeros, sizes
-        self.fields = tuple(dict.fromkeys(part.field for part in texts)) + (SIZES if sizes else ())
+        self.fields = tuple(dict.fromkeys(field for part in texts for field in part.fields)) + (SIZES if sizes else ())
         self.kept = SIZES if sizes else ()
         self.waves, self.size = waves, (0, 0)
 
@@ -65,7 +65,7 @@ class Texts(Conditioner):
         conds = [part(raw) for part in self.texts]
         cond = {"channels": self._channels, "sd3": self._sd3, "apart": self._apart}[self.join](conds)
         if self.zeros:
-            said = [any(one.get(part.field) is not None for part in self.texts) for one in raw]
+            said = [any(part.said(one) is not None for part in self.texts) for one in raw]
             cond = {name: _emptied(value, said) for name, value in cond.items()}
         if self.sizes:
             pooled = cond["pooled"]
@@ -130,14 +130,21 @@ class Texts(Conditioner):
         self.size = size
 
     def check(self, raw: Sequence[Raw]) -> None:
-        for field in dict.fromkeys(part.field for part in self.texts):
-            reading = [part for part in self.texts if part.field == field]
-            for text in captions_of(raw, field):
-                if all(part.counted(text) > part.most for part in reading):
-                    longest = max(reading, key=lambda part: part.most)
-                    raise too_long(text, longest.counted(text), longest.most)
+        for one in raw:
+            self._check(one)
         for one in raw if self.sizes else ():
             self._numbers(one)
+
+    def _check(self, one: Raw) -> None:
+        """That each prompt is read whole by one at least of the encoders that read it."""
+        reading: dict[str, list[Text]] = {}
+        for part in self.texts:
+            for text in captions_of([{part.field: part.said(one)}], part.field):
+                reading.setdefault(text, []).append(part)
+        for text, parts in reading.items():
+            if all(part.counted(text) > part.most for part in parts):
+                longest = max(parts, key=lambda part: part.most)
+                raise too_long(text, longest.counted(text), longest.most)
 
     def prepare(self, source: Source) -> None:
         for part in self.texts:

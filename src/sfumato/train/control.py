@@ -12,7 +12,7 @@ import torch
 from sfumato.catalogue import build
 from sfumato.config import ControlSection
 from sfumato.errors import ConfigError
-from sfumato.io.families.controlnet import joined, read_control, slot_of
+from sfumato.io.families.controlnet import hint_of, joined, read_control, slot_of
 from sfumato.io.fill import unfilled
 from sfumato.model import Model, build_model
 from sfumato.nets.control_flux import FluxControl
@@ -45,7 +45,7 @@ def under_control(start: Start, section: ControlSection, seed: int) -> Start:
         name.removeprefix("conditioner."): v for name, v in start.weights.items() if name.startswith("conditioner.")
     }
     section_ = start.spec["model"]
-    told, files = {"kind": "hint", "field": section.field, **_way(control)}, dict(start.files)
+    told, files = hint_of(control.config, section.field), dict(start.files)
     conditioner: dict[str, Any] = told
     if section_["conditioner"] is not None:
         conditioner = {"kind": "joined", "parts": [section_["conditioner"], told]}
@@ -61,13 +61,6 @@ def freeze(model: Model) -> None:
     assert isinstance(model.net, Controlled)
     model.requires_grad_(False)
     model.net.controls.requires_grad_(True)
-
-
-def _way(control: Control) -> dict[str, str]:
-    """How a picture comes to a control, as an option of its conditioner."""
-    if not control.config.latents:
-        return {}
-    return {"through": "unshifted" if getattr(control.config, "unpooled", False) else "codec"}
 
 
 def _begun(start: Start, base: Model, net: Base, section: ControlSection, seed: int) -> Control:

@@ -9,6 +9,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,9 @@ class Run:
         if kept is not None:
             told += self._restore(*kept)
         self._check_room()
-        self.stepper.cache = cache_for(config, self.model, self.dataset)
+        self.stepper.cache = cache = cache_for(config, self.model, self.dataset)
+        if isinstance(self.model, Student) and cache is not None and cache.states is not None:
+            self.model.stored = partial(cache.cond, device=self.device)
         self.log = Log(folder, self.step, config.steps)
         pairs = None
         if isinstance(self.model, Student) and config.method is not None and config.method.pairs:
@@ -362,7 +365,7 @@ class Run:
             adapter, weights = adapters.trained_adapter(self.model), adapters.merged_weights(self.model)
         file = self.folder / f"lora{end}.safetensors"
         write_adapter(file, adapter, parts_of(self.model), base=self.config.start)
-        return weights
+        return {name: value for name, value in weights.items() if self.model.is_kept(name)}
 
     def _some(self, n: int) -> Iterator[torch.Tensor]:
         """The first pictures that training sees, in batches."""

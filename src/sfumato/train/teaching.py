@@ -6,7 +6,7 @@ it starts from a model, its network is told what the method needs to tell it by 
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -39,7 +39,8 @@ class Student(Model):
     """A model with those who take part in its training. Weights are also under `slow.` and `critic.`, where it has
     such; they are not kept.
 
-    teacher: not one of its modules: it neither learns nor is saved. guidance: how the teacher is guided.
+    teacher: not one of its modules: it neither learns nor is saved. guidance: how the teacher is guided. stored: where
+    conditions are kept that need not be read again, for a teacher who reads the same.
     """
 
     def __init__(self, model: Model, steps: int) -> None:
@@ -48,6 +49,7 @@ class Student(Model):
         self.slow: Denoiser | None = None
         self.critic: nn.Module | None = None
         self.follow: Follows | None = None
+        self.stored: Callable[[Sequence[Raw]], Cond] | None = None
         self._teacher: tuple[Model, Guidance] | None = None
         self._read: tuple[Sequence[Raw], Cond] | None = None  # the last conditions, where a teacher reads the same
         self._own = (_told_scales(self.denoiser),)  # in a tuple, it is no part of its own
@@ -98,6 +100,8 @@ class Student(Model):
         return self._teacher
 
     def cond(self, raw: Sequence[Raw]) -> Cond:
+        if self.stored is not None:
+            return self.stored(raw)
         if self._read is None or self._read[0] is not raw:
             shared = self._teacher is not None and self._teacher[0].conditioner is self.conditioner
             if not shared:
@@ -111,8 +115,8 @@ class Student(Model):
             return None
         teacher, guidance = self._teacher
         kept = () if teacher.conditioner is None else teacher.conditioner.kept
-        null = partial(self._cond, teacher, [silent(one, kept) for one in raw])
         reads = self if teacher.conditioner is self.conditioner else teacher
+        null = partial(self._cond, reads, [silent(one, kept) for one in raw])
         return Teacher(teacher.denoiser, self._cond(reads, raw), null, guidance, self.denoiser.path)
 
     @staticmethod
@@ -123,7 +127,7 @@ class Student(Model):
 
 def as_student(config: Config, begun: Start | None) -> tuple[Config, Start | None]:
     """The configuration of a student, and what it starts from, with what its method asks of the network: what it
-    answers, and the numbers that it is told. New layers are drawn by the run's seed.
+    answers, the numbers that it is told, and what its answer is at the data. New layers are drawn by the run's seed.
     """
     line, method = _method(config), build(config.objective, "Objective")
     assert config.model is not None  # its own, or that of its start
@@ -131,8 +135,10 @@ def as_student(config: Config, begun: Start | None) -> tuple[Config, Start | Non
     if method.told and config.lora is not None:
         seen, what = ", ".join(method.told), "a low-rank change has no layers for a number that is told"
         raise ConfigError(what, where="lora", seen=seen, fix="lora=null, or an objective that tells nothing")
-    net = _telling(section["net"], method.told)
-    changed = type(config.model).model_validate({**section, "net": net, "answers": list(line.answers)})
+    found = {**section, "net": _telling(section["net"], method.told), "answers": list(line.answers)}
+    if line.boundary and section["prediction"]["kind"] == "x0":
+        found["prediction"] = {"kind": "bounded"}  # nearly what it was, and x itself at the data
+    changed = type(config.model).model_validate(found)
     config = config.model_copy(update={"model": changed})
     if begun is None:
         return config, None

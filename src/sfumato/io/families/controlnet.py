@@ -5,7 +5,7 @@ skips, and one for the middle. An original file may hold a whole model too, of w
 """
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from sfumato.hub import located
 from sfumato.io import parts as shared
 from sfumato.io.directory import read_description, read_weights
 from sfumato.io.families import stable, transformer_controls
+from sfumato.io.family import Published
 from sfumato.io.fill import unfilled
 from sfumato.io.keymap import DIFFUSERS, ORIGINAL, OURS, Line, line, renamed, some
 from sfumato.io.pretrained import read_json, read_state
@@ -168,6 +169,40 @@ def slot_of(config: ControlConfig, unet: Mapping[str, Any], base: Any = None) ->
     shape = {name: list(value) if isinstance(value, tuple) else value for name, value in shape.items()}
     other = {name: value for name, value in shape.items() if value != unet[name]}
     return slot | ({"unet": other} if other else {})
+
+
+def hint_of(config: ControlConfig, field: str = "control") -> dict[str, Any]:
+    """The slot of the conditioner that gives a control its picture."""
+    told: dict[str, Any] = {"kind": "hint", "field": field}
+    if not config.latents:
+        return told
+    return {**told, "through": "unshifted" if getattr(config, "unpooled", False) else "codec"}
+
+
+def parted(net: torch.nn.Module) -> tuple[torch.nn.Module, Control | None]:
+    """A network and its control, where it has one; several of them have no published form, and the network is all."""
+    if not isinstance(net, Controlled) or len(net.controls) != 1:
+        return net, None
+    return net.net, net.controls[0]  # type: ignore[return-value]
+
+
+def beside(found: Published, folder: Path, index: Mapping[str, Any], base: Any) -> Published:
+    """What was read of a transformer's folder, with the control that lies in it. base: the transformer's config.
+    CheckpointError where it holds several.
+    """
+    kind = str(index[PART][1])
+    if kind not in transformer_controls.MARKS:
+        fix = "--control, once for each"
+        raise CheckpointError("a folder holds one control", where=str(folder), seen=kind, fix=fix)
+    control, head = read_control(folder / PART), "conditioner."
+    inner = {name: value for name, value in found.state.items() if name.startswith("net.")}
+    text = {name: value for name, value in found.state.items() if name.startswith(head)}
+    rest = {name: value for name, value in found.state.items() if not name.startswith(("net.", head))}
+    conditioner = found.section["conditioner"]
+    slot, moved, files = shared.join_text(conditioner, text, found.files, hint_of(control.config))
+    net = slot_of(control.config, found.section["net"], base)
+    section = {**found.section, "net": net, "conditioner": slot}
+    return replace(found, section=section, state=rest | joined(inner, control) | moved, files=files)
 
 
 def joined(net: Mapping[str, Tensor], control: Control) -> dict[str, Tensor]:

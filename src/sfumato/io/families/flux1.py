@@ -15,8 +15,10 @@ from torch import Tensor
 
 from sfumato.codecs import Latents
 from sfumato.errors import CheckpointError, ConfigError
+from sfumato.image_conditions import Hint, ImageMap, Inpainting
 from sfumato.io import parts as shared
-from sfumato.io.families import flux
+from sfumato.io.families import controlnet, flux
+from sfumato.io.families.transformer_controls import FLUX as FLUX_CONTROL
 from sfumato.io.family import Published
 from sfumato.io.keymap import DIFFUSERS, ORIGINAL, OURS, renamed
 from sfumato.io.pretrained import read_json, read_state
@@ -30,6 +32,8 @@ SHAPE = ("patch", "dim", "double", "single", "heads", "mlp_ratio", "axes", "in_c
 SIDE = 128  # of the latents that it was made for
 ENCODERS = ("text_encoder", "text_encoder_2")
 SCHNELL = 256  # pieces of words that schnell was trained with; dev reads as many as its tokenizer says
+FILL, SHOWN, CONTROLLED = "FluxFillPipeline", "FluxControlPipeline", "FluxControlNetPipeline"
+PICTURES = (Hint, Inpainting, ImageMap)  # conditioners that stand beside the text encoders
 MARK = "double_blocks.0.img_attn.qkv.weight"
 SAMPLING: dict[bool, dict[str, Any]] = {  # by whether the guidance is told
     True: {"steps": 28, "guidance": {"kind": "distilled", "scale": 3.5}},
@@ -44,7 +48,7 @@ GRIDS: dict[bool, dict[str, Any]] = {  # of original files, which come without a
 class Flux1:
     """The family. See `sfumato.io.family.Family`."""
 
-    pipelines = ("FluxPipeline", "FluxImg2ImgPipeline")
+    pipelines = ("FluxPipeline", "FluxImg2ImgPipeline", FILL, SHOWN, CONTROLLED)
 
     def read_folder(self, folder: Path, index: Mapping[str, Any]) -> Published:
         place = folder / "transformer"
@@ -54,22 +58,29 @@ class Flux1:
         shape = flux.config_of(state, DIFFUSERS, str(place), size=SIDE, axes=(first, rows, columns))
         net = state_of(state, shape, DIFFUSERS, str(place))
         recommended = scheduled(read_json(folder / "scheduler" / "scheduler_config.json"), shape.guidance)
-        return _published(folder, shape, net, recommended, shared.facts_of(folder, index))
+        found = _published(folder, shape, net, recommended, shared.facts_of(folder, index))
+        return controlnet.beside(found, folder, index, shape) if controlnet.PART in index else found
 
     def owns(self, model: Model) -> bool:
+        text = shared.texts_of(model.conditioner, *PICTURES)
         return (
-            isinstance(model.net, Flux)
+            isinstance(controlnet.parted(model.net)[0], Flux)
             and isinstance(model.codec, Latents)
-            and isinstance(model.conditioner, Texts)
-            and model.conditioner.join == "apart"
+            and text is not None
+            and text.join == "apart"
             and isinstance(model.denoiser.path, Linear)
         )
 
     def write_folder(self, place: Path, model: Model, dtype: torch.dtype) -> None:
-        net, codec, texts = model.net, model.codec, model.conditioner
+        (net, control), codec = controlnet.parted(model.net), model.codec
+        texts, other = shared.beside_pictures(model.conditioner, *PICTURES)
         assert isinstance(net, Flux) and isinstance(codec, Latents) and isinstance(texts, Texts)
-        _checked(model, "diffusers")
-        shared.write_index(place, self.pipelines[0], INDEX, model)
+        _checked(model, net, "diffusers")
+        kind, parts = _pipeline(other), dict(INDEX)
+        if control is not None:
+            kind, parts[controlnet.PART] = CONTROLLED, ["diffusers", FLUX_CONTROL]
+            controlnet.write_control(place / controlnet.PART, control, dtype)
+        shared.write_index(place, kind, parts, model)
         shared.write_flow(place, model)
         shared.write_json(place / "transformer" / "config.json", described(net.config))
         state = renamed(net.state_dict(), flux.lines(net.config), OURS, DIFFUSERS, str(place))
@@ -92,9 +103,9 @@ class Flux1:
         return _published(parts, shape, net, recommended, {"from": file.name})
 
     def write_file(self, model: Model) -> dict[str, Tensor]:
-        net = model.net
+        net, _ = controlnet.parted(model.net)
         assert isinstance(net, Flux)
-        _checked(model, "single-file")
+        _checked(model, net, "single-file")
         return renamed(net.state_dict(), flux.lines(net.config), OURS, ORIGINAL, "--to single-file")
 
 
@@ -111,31 +122,38 @@ INDEX: dict[str, Any] = {
 }
 
 
+SHOWING = {"kind": "image", "field": "control", "kept": True}  # Canny, Depth: a picture's latents beside x_t
+FILLING = {"kind": "inpainting", "whole": True}  # Fill: what is known of a picture, and where it is
+FILLED: dict[str, Any] = {"steps": 50, "guidance": {"kind": "distilled", "scale": 30.0}}
+
+
+def _pipeline(beside: object) -> str:
+    """diffusers' class for a model whose texts have this beside them."""
+    kinds = {Inpainting: FILL, ImageMap: SHOWN}
+    return next((name for kind, name in kinds.items() if isinstance(beside, kind)), Flux1.pipelines[0])
+
+
 def _published(
     folder: Path, shape: FluxConfig, net: dict[str, Tensor], sampling: dict[str, Any], facts: dict[str, Any]
 ) -> Published:
     """The whole, of a transformer and what a folder of diffusers has beside it."""
     codec, autoencoder, factor = shared.read_vae(folder / "vae")
-    if not shape.in_channels == shape.out_channels == codec["latent"]:
-        seen = f"{shape.in_channels} channels to {shape.out_channels}, where the autoencoder has {codec['latent']}"
-        what = "a transformer that takes more than latents (Fill, Canny, Depth)"
-        raise CheckpointError(what, where=str(folder), seen=seen, fix="one that draws from a prompt alone")
+    latent = int(codec["latent"])
+    beside = {0: None, latent: SHOWING, latent + factor**2: FILLING}
+    if shape.out_channels != latent or shape.in_channels - latent not in beside:
+        seen = f"{shape.in_channels} channels to {shape.out_channels}, where the autoencoder has {latent}"
+        what = "a transformer that takes more than is known here"
+        raise CheckpointError(what, where=str(folder), seen=seen, fix="FLUX.1 dev, schnell, Fill, Canny or Depth")
     text, files = shared.read_text(folder, ENCODERS)
     longest = shared.tokenizer_length(folder, "tokenizer_2")
     clip, t5 = {"length": shared.tokenizer_length(folder)}, longest if shape.guidance else min(longest, SCHNELL)
-    section = {
-        **shared.FLOW,
-        "net": slot_of(shape),
-        "codec": codec,
-        "conditioner": {
-            "kind": "texts",
-            "join": "apart",
-            "parts": [
-                {"kind": "text", "pooled": True, **clip},
-                {"kind": "text", "part": ENCODERS[1], "length": t5},
-            ],
-        },
-    }
+    second = {"kind": "text", "part": ENCODERS[1], "length": t5, "apart": "prompt_2"}
+    parts = [{"kind": "text", "pooled": True, **clip}, second]
+    conditioner: dict[str, Any] = {"kind": "texts", "join": "apart", "parts": parts}
+    if (other := beside[shape.in_channels - latent]) is not None:
+        conditioner, text, files = shared.join_text(conditioner, text, files, other)
+        sampling = {**sampling, **(FILLED if other is FILLING else {})}
+    section = {**shared.FLOW, "net": slot_of(shape), "codec": codec, "conditioner": conditioner}
     size = [int(side) * factor for side in shared.pair(shape.size)]
     return Published(section, size, sampling, net | autoencoder | text, files, facts)
 
@@ -189,10 +207,9 @@ def described(config: FluxConfig) -> dict[str, Any]:
     }
 
 
-def _checked(model: Model, layout: str) -> None:
+def _checked(model: Model, net: Flux, layout: str) -> None:
     """ConfigError for what the published layouts have no place for."""
-    net, section = model.net, model.spec["model"]
-    assert isinstance(net, Flux)
+    section = model.spec["model"]
     wanted = {"patch": flux.PATCH, "mlp_ratio": 4.0, "theta": 10_000.0, "classes": 0}
     odd = {name: getattr(net.config, name) for name, usual in wanted.items() if getattr(net.config, name) != usual}
     for name in ("prediction", "time_input", "scale_input"):

@@ -7,7 +7,7 @@ own order of those rows deals them out to heads first, but for its model of 64 p
 of the time's waves leave no trace in the weights.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -164,6 +164,11 @@ def is_original(keys: Collection[str]) -> bool:
     return {MARKS[ORIGINAL], "time_embed.0.weight", "out.2.weight"} <= set(keys) and not any(
         ".transformer_blocks." in key for key in keys
     )
+
+
+def is_of_two_axes(shapes: Mapping[str, Sequence[int]]) -> bool:
+    """Whether the attention of an original file is in convolutions of two axes, as consistency models have it."""
+    return any(name.endswith(".qkv.weight") and len(shape) == 4 for name, shape in shapes.items())
 
 
 def _of_diffusers(state: Mapping[str, Tensor]) -> Seen:

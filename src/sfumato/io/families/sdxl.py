@@ -108,5 +108,5 @@ INDEX: dict[str, Any] = {
 def conditioner(lengths: list[int], zeros: bool) -> dict[str, Any]:
     """The slot: the states of the layer before the last of both, without its norm, and the second's pooled state."""
     first = {"kind": "text", "skip": 1, "normed": False, "length": lengths[0]}
-    second = {**first, "part": "text_encoder_2", "pooled": True, "length": lengths[1]}
+    second = {**first, "part": "text_encoder_2", "pooled": True, "length": lengths[1], "apart": "prompt_2"}
     return {"kind": "texts", "join": "channels", "zeros": zeros, "sizes": True, "parts": [first, second]}

@@ -10,8 +10,9 @@ from torch import Tensor
 from sfumato.codecs import Latents
 from sfumato.errors import CheckpointError, ConfigError
 from sfumato.io import parts as shared
-from sfumato.io.families import autoencoder, sd3
+from sfumato.io.families import autoencoder, controlnet, sd3
 from sfumato.io.families.encoders import SD3, Place
+from sfumato.io.families.transformer_controls import SD3 as SD3_CONTROL
 from sfumato.io.family import Published
 from sfumato.io.keymap import DIFFUSERS, ORIGINAL, OURS, renamed
 from sfumato.io.pretrained import codec_of, read_json, read_state
@@ -21,6 +22,7 @@ from sfumato.nets.mmdit import MMDiT, MMDiTConfig
 from sfumato.text import Texts
 from sfumato.text.joined import WORDS
 
+CONTROLLED = "StableDiffusion3ControlNetPipeline"
 SHAPE = ("patch", "dim", "depth", "heads", "mlp_ratio", "in_channels", "out_channels", "context_dim", "pooled_dim")
 MORE = ("qk_norm", "dual", "table", "step", "size")
 VAE = "first_stage_model."  # in a single file
@@ -31,7 +33,7 @@ SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
 class StableDiffusion3:
     """The family. See `sfumato.io.family.Family`."""
 
-    pipelines = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline")
+    pipelines = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", CONTROLLED)
 
     def read_folder(self, folder: Path, index: Mapping[str, Any]) -> Published:
         net, weights = read_transformer(folder / "transformer")
@@ -40,14 +42,18 @@ class StableDiffusion3:
         told, files = shared.read_text(folder, encoders)
         section = _section(net, codec, _conditioner(folder, encoders, net), str(folder))
         size, sampling = [int(net["size"]) * factor] * 2, _sampling(net, folder)
-        return Published(section, size, sampling, weights | latents | told, files, shared.facts_of(folder, index))
+        found = Published(section, size, sampling, weights | latents | told, files, shared.facts_of(folder, index))
+        if controlnet.PART not in index:
+            return found
+        shape: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in net.items() if n != "kind"}
+        return controlnet.beside(found, folder, index, MMDiTConfig(**shape))
 
     def owns(self, model: Model) -> bool:
-        conditioner, section = model.conditioner, model.spec["model"]
+        conditioner, section = shared.texts_of(model.conditioner), model.spec["model"]
         return (
-            isinstance(model.net, MMDiT)
+            isinstance(controlnet.parted(model.net)[0], MMDiT)
             and isinstance(model.codec, Latents)
-            and isinstance(conditioner, Texts)
+            and conditioner is not None
             and conditioner.join == "sd3"
             and all(_slot(section.get(name)) == _slot(value) for name, value in shared.FLOW.items())
         )
@@ -56,7 +62,11 @@ class StableDiffusion3:
         net, codec, told = _parts(model)
         index = {name: said for name, said in INDEX.items() if not name.endswith("_3") or len(told.texts) > 2}
         absent = {name: [None, None] for name in INDEX.keys() - index.keys()}
-        shared.write_index(place, self.pipelines[0], {**index, **absent}, model)
+        kind, parts, control = self.pipelines[0], {**index, **absent}, controlnet.parted(model.net)[1]
+        if control is not None:
+            kind, parts[controlnet.PART] = CONTROLLED, ["diffusers", SD3_CONTROL]
+            controlnet.write_control(place / controlnet.PART, control, dtype)
+        shared.write_index(place, kind, parts, model)
         shared.write_flow(place, model)
         write_transformer(place / "transformer", net, dtype)
         shared.write_vae(place, codec, dtype)
@@ -120,8 +130,8 @@ def _slot(said: Any) -> Any:
 
 
 def _parts(model: Model) -> tuple[MMDiT, Latents, Texts]:
-    net, codec, conditioner = model.net, model.codec, model.conditioner
-    assert isinstance(net, MMDiT) and isinstance(codec, Latents) and isinstance(conditioner, Texts)
+    (net, _), codec, conditioner = controlnet.parted(model.net), model.codec, shared.texts_of(model.conditioner)
+    assert isinstance(net, MMDiT) and isinstance(codec, Latents) and conditioner is not None
     return net, codec, conditioner
 
 
@@ -168,8 +178,9 @@ def _conditioner(folder: Path, encoders: list[str], net: Mapping[str, Any]) -> d
     """The slot: of both CLIPs the states before the last layer, unnormed, and their projected pooled states."""
     length = shared.tokenizer_length(folder)
     clip = {"kind": "text", "length": length, "skip": 1, "normed": False, "pooled": True}
-    parts = [{**clip, "part": part} for part in encoders[:2]]
-    parts += [{"kind": "text", "length": WORDS, "part": part} for part in encoders[2:]]
+    parts: list[dict[str, Any]] = [{**clip, "part": encoders[0]}]
+    parts += [{**clip, "part": part, "apart": "prompt_2"} for part in encoders[1:2]]
+    parts += [{"kind": "text", "length": WORDS, "part": part, "apart": "prompt_3"} for part in encoders[2:]]
     return {"kind": "texts", "join": "sd3", "width": net["context_dim"], "parts": parts}
 
 
