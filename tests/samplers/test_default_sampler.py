@@ -30,12 +30,12 @@ def test_settings_and_configurations_have_the_same_default() -> None:
 
 
 @pytest.mark.parametrize("path", [Linear(), Tabulated()], ids=["linear", "table"])
-def test_the_default_falls_to_a_millionth_by_400_calls_at_its_order(path: Path) -> None:
-    data = mixture_like((8,))
+def test_the_default_converges_to_the_data_at_its_order(path: Path) -> None:
+    data = mixture_like((5, 8))
     x = torch.randn(32, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     truth = data.flow(path, x, 1.0, 0.0)
     few, some, many = (float((drawn(path, x, n, data) - truth).square().mean().sqrt()) for n in (100, 200, 400))
-    assert many < 1e-6 and math.log2(few / some) > 2.75 and math.log2(some / many) > 2.75
+    assert many < 1e-5 and math.log2(few / some) > 2.75 and math.log2(some / many) > 2.75
 
 
 def test_the_last_answer_is_moved_with_the_state_it_was_asked_at() -> None:
