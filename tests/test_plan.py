@@ -1,6 +1,7 @@
 """`sfumato plan`: what is counted is what a real pass does."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -72,7 +73,8 @@ def test_published_sizes_without_published_weights() -> None:
 
 
 @pytest.mark.parametrize("recipe", [one.name for one in recipes()])
-def test_every_recipe_can_be_planned(recipe: str, capsys: Any) -> None:
+def test_every_recipe_can_be_planned(recipe: str, capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where nothing has been trained
     with pytest.raises(SystemExit) as left:
         main(["plan", recipe, "--device", "h100", "--json"])
     out, talk = capsys.readouterr()

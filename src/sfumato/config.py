@@ -249,6 +249,11 @@ class Config(Section):
         return raw
 
     @property
+    def start_key(self) -> str:
+        """The key by which people named the model to start from: a student starts from its teacher."""
+        return "teacher" if self.start == self.teacher else "start"
+
+    @property
     def method(self) -> Method | None:
         """The line of `METHODS` of its objective; None for one that makes no student."""
         return METHODS.get(str(self.objective["kind"]))

@@ -28,9 +28,8 @@ from sfumato.errors import ConfigError, DataError, MemoryShortage, nearest
 from sfumato.guidance import Guidance, guided, started
 from sfumato.hub import located
 from sfumato.image_conditions import Inpainting
-from sfumato.io.directory import load_model
 from sfumato.io.families.controlnet import read_control
-from sfumato.io.published import is_published, load_published
+from sfumato.io.models import model_folder, read_model
 from sfumato.io.tuned import read_tuned
 from sfumato.model import Model, compile_net, pick_device
 from sfumato.names import TUNED, spelled_out
@@ -343,7 +342,7 @@ class Pipeline:
         """The forward of a variant: a weaker one of the network itself, or another model ("model:FOLDER")."""
         if name not in self._variants:
             kind, _, folder = name.partition(":")
-            other = load_model(model_folder(folder)).to(self.device) if kind == "model" else None
+            other = read_model(model_folder(folder)).to(self.device) if kind == "model" else None
             self._variants[name] = variant(self.model.denoiser, name) if other is None else other.denoiser
         answer = self._variants[name]
 
@@ -484,10 +483,7 @@ def load(
         "text_device": home(text_device, place),
         "matrices": None if kind == torch.float32 else kind,
     }
-    if is_published(folder):
-        model = load_published(folder, None if parts is None else located(parts), **straight)
-    else:
-        model = load_model(folder, trust=trust, **straight)
+    model = read_model(folder, trust=trust, parts=None if parts is None else located(parts), **straight)
     pipeline = Pipeline(model, place, precision=precision, compile=compile, text_device=text_device)
     if text:
         pipeline.change_text(**text)
@@ -499,14 +495,6 @@ def _dtype(precision: str) -> torch.dtype:
     if precision not in DTYPES:
         raise ConfigError("no such precision", where="precision", seen=precision, fix=nearest(precision, DTYPES))
     return DTYPES[precision]
-
-
-def model_folder(path: str | Path) -> Path:
-    """The model directory that is meant: a run's `model/`, or the folder itself; of a name of the hub the folder or
-    file in its cache.
-    """
-    folder = located(path)
-    return folder / "model" if (folder / "model" / "model.json").is_file() else folder
 
 
 def _spread(path: Any, t: Tensor) -> float:

@@ -113,7 +113,7 @@ def built(config: Config) -> Model | AutoencoderModel:
     config = _begun(config)
     section, files = resolved(config), None
     if config.start is not None:
-        start = read_start(config.start)
+        start = read_start(config.start, config.start_key)
         start = start if config.control is None else under_control(start, config.control, config.seed)
         config = with_start(config, start)
         config = config if config.method is None else as_student(config, start)[0]

@@ -80,14 +80,14 @@ def edm(sigma_data: float = 0.5, sigma_min: float = 0.0) -> Prediction:
     return Prediction(f"edm({sigma_data:g})" if not sigma_min else f"edm({sigma_data:g}, {sigma_min:g})", mix)
 
 
-def bounded(level: float = 0.1) -> Prediction:
+def bounded(level: float = 0.03) -> Prediction:
     """x0, but for a share w of x / alpha itself: D = w x / alpha + (1 - w) y, where w = level^2 / (s^2 + level^2).
 
     A network that predicts x0 has no word of its own at the data that is sure to be x. With this it has, as consistency
     models need; above `level`, a noise level s = sigma / alpha, it is nearly what it was (Luo et al. 2023, eq. 9).
     """
     if not level > 0:
-        raise ConfigError("a boundary lies at a noise level", where="prediction.level", seen=f"{level:g}", fix="0.1")
+        raise ConfigError("a boundary lies at a noise level", where="prediction.level", seen=f"{level:g}", fix="0.03")
 
     def mix(path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
         sigma = path.sigma(t)

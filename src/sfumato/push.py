@@ -22,9 +22,10 @@ from sfumato.cards import card
 from sfumato.errors import CheckpointError, ConfigError, MachineError, nearest
 from sfumato.io.directory import load_autoencoder, save_model
 from sfumato.io.inspect import inspected
+from sfumato.io.models import model_folder
 from sfumato.io.published import save_published
 from sfumato.model import Trainable
-from sfumato.pipeline import load, model_folder
+from sfumato.pipeline import load
 
 LAYOUTS = ("sfumato", "diffusers")
 CARD = "README.md"

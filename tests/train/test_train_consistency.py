@@ -59,7 +59,7 @@ def test_a_student_that_predicts_x0_is_given_a_boundary(small: Small, teacher: P
     config = small(*FEW, *taught, f"objective={OBJECTIVES[name]}", "model.prediction=x0")
     train(config, run=tmp_path / "run")
     model = load(tmp_path / "run", "cpu").model
-    assert model.spec["model"]["prediction"] == {"kind": "bounded"}
+    assert model.spec["model"]["prediction"] == {"kind": "bounded", "level": 0.03}
     x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         told = model.cond([{"caption": "a red circle"}])

@@ -35,10 +35,11 @@ def convert(
     if target.exists():
         raise ConfigError("this exists already", where=str(target), fix="choose another name, or move it away")
     from sfumato.io.directory import load_autoencoder, save_model
+    from sfumato.io.models import model_folder
     from sfumato.io.published import save_file, save_published
     from sfumato.model import Trainable
     from sfumato.pipeline import DTYPES as KINDS
-    from sfumato.pipeline import load, model_folder
+    from sfumato.pipeline import load
 
     folder = model_folder(source)
     alone = load_autoencoder(folder) if (folder / "model.json").is_file() else None

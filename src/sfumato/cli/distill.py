@@ -5,7 +5,7 @@ from pathlib import Path
 import typer
 
 from sfumato.cli.train import train
-from sfumato.errors import ConfigError, nearest
+from sfumato.errors import ConfigError
 
 
 def distill(
@@ -28,13 +28,8 @@ def distill(
     sfumato distill lcm-lora teacher=runs/quickstart lora.rank=32
     sfumato train --resume runs/lcm
     """
-    from sfumato.overlay import load_config, recipes
+    from sfumato.overlay import load_config
 
-    methods = {one.name for one in recipes() if load_config(one.name).config.method is not None}
-    if method not in methods and not Path(method).is_file():
-        raise ConfigError(
-            "there is no such method", where=method, fix=f"{nearest(method, methods)} (see: sfumato recipes)"
-        )
     changes = [
         f"start={one.removeprefix('student=')}" if one.startswith("student=") else one for one in overrides or []
     ]

@@ -38,8 +38,9 @@ def tune_sampler(
     if place_of(run) is not None:
         fix = f"sfumato convert {run} FOLDER --to sfumato"
         raise ConfigError("a model of the hub is not written into", where=str(run), seen="no folder", fix=fix)
+    from sfumato.io.models import model_folder
     from sfumato.io.tuned import save_tuned
-    from sfumato.pipeline import load, model_folder
+    from sfumato.pipeline import load
     from sfumato.tuning.jumps import Chosen, choose_times, jumps, references
     from sfumato.tuning.learn import Tuned
     from sfumato.tuning.model import examples, tune_model

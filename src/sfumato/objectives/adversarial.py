@@ -29,6 +29,7 @@ from sfumato.objectives.critics import (
     wide,
 )
 from sfumato.objectives.denoising import Loss
+from sfumato.objectives.draws import noise_like, times_for
 from sfumato.objectives.endpoints import regression, teacher_of
 from sfumato.objectives.teaching import Lesson
 from sfumato.paths import noised
@@ -59,10 +60,6 @@ class Adversarial:
         check_times(self.at)
         check_shares(self, "distillation", "adversarial", "r1", "warmup")
         check_counts(self, "flow")
-
-    @property
-    def told(self) -> tuple[str, ...]:
-        return ()
 
     def critic(self, denoiser: Denoiser) -> nn.Module:
         return cast(nn.Module, self.heads(denoiser.net))
@@ -98,14 +95,14 @@ class Adversarial:
         """Times (B,), as evenly drawn as the batch allows, and the student's answers there to pictures noised."""
         check_said(student, self.at)
         t = wide(x0.new_tensor(self.at, device="cpu"))[drawn_which(len(x0), len(self.at), rng)].to(x0.device)
-        eps = torch.randn(x0.shape, generator=rng, dtype=x0.dtype).to(x0.device)
+        eps = noise_like(x0, rng)
         return t, ended(student, noised(student.path, x0, eps, t).to(x0.dtype), t, cond)
 
     def _distilled(self, lesson: Lesson, drawn: Tensor, rng: Generator | None) -> tuple[Tensor, Tensor]:
         """Times and alpha(t) |drawn - the teacher's answer to it, noised|^2, means over each sample: (B,) and (B,)."""
         path, still = lesson.path, drawn.detach()
-        t = self.scored(len(drawn), path, rng).to(drawn.device, torch.promote_types(drawn.dtype, torch.float32))
-        eps = torch.randn(drawn.shape, generator=rng, dtype=drawn.dtype).to(drawn.device)
+        t = times_for(drawn, self.scored, path, rng)
+        eps = noise_like(drawn, rng)
         taught = lesson.taught(noised(path, still, eps, t).to(drawn.dtype), t)
         return t, path.alpha(t) * (drawn - taught).square().flatten(1).mean(1)
 
@@ -134,9 +131,8 @@ class Adversarial:
         """Times (B,), and what the teacher says inside of pictures noised, under its conditions and no guidance."""
         teacher, heads = lesson.taught, cast(Listening, lesson.critic)
         path = teacher.denoiser.path
-        t = self.times(len(pictures), path, rng)
-        t = t.to(pictures.device, torch.promote_types(pictures.dtype, torch.float32))
-        eps = torch.randn(pictures.shape, generator=rng, dtype=pictures.dtype).to(pictures.device)
+        t = times_for(pictures, self.times, path, rng)
+        eps = noise_like(pictures, rng)
         with heads.listening(teacher.denoiser.net) as heard:
             teacher.denoiser(noised(path, pictures, eps, t).to(pictures.dtype), t, teacher.cond)
         return t, heard

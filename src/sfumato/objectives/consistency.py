@@ -21,6 +21,7 @@ from sfumato.errors import ConfigError
 from sfumato.grids import Grid, karras
 from sfumato.objectives.denoising import Loss
 from sfumato.objectives.distances import Distance
+from sfumato.objectives.draws import noise_like
 from sfumato.objectives.teaching import Lesson
 from sfumato.paths import Path, along, noised
 from sfumato.samplers.core import SamplerFn as Sampler
@@ -54,10 +55,6 @@ class ConsistencyDistillation:
         checked(self.metric, self.c, self.keep)
         if self.points < 2:
             raise ConfigError("a grid has two points", where="objective.points", seen=str(self.points), fix="40")
-
-    @property
-    def told(self) -> tuple[str, ...]:
-        return ()
 
     def follow(self, step: int, steps: int) -> float:
         return self.keep
@@ -96,10 +93,6 @@ class ConsistencyTraining:
     def __post_init__(self) -> None:
         checked(self.metric, self.c, self.keep)
         checked_growth(self.first, self.last, least=2)
-
-    @property
-    def told(self) -> tuple[str, ...]:
-        return ()
 
     def points(self, progress: float) -> int:
         """N(k) of the grid, the data included, where `progress` is k / K: `first` at 0, `last` + 1 at 1."""
@@ -157,11 +150,6 @@ def points_of(grid: Grid, n: int, student: Denoiser) -> Tensor:
 def levels(path: Path, t: Tensor) -> Tensor:
     """The noise levels sigma / alpha at times: infinite where there is only noise."""
     return path.sigma(t) / path.alpha(t)
-
-
-def noise_like(x0: Tensor, rng: Generator | None) -> Tensor:
-    """Standard normal noise, from the CPU."""
-    return torch.randn(x0.shape, generator=rng, dtype=x0.dtype).to(x0.device)
 
 
 def noised_twice(

@@ -17,8 +17,9 @@ from torch import Generator, Tensor, nn
 from sfumato.denoiser import Cond, Denoiser
 from sfumato.derivatives import along_direction
 from sfumato.errors import ConfigError
-from sfumato.objectives.consistency import noise_like, same_chance
+from sfumato.objectives.consistency import same_chance
 from sfumato.objectives.denoising import Denoising, Loss
+from sfumato.objectives.draws import noise_like, times_for
 from sfumato.objectives.teaching import Lesson
 from sfumato.objectives.weights import EDM, Weight
 from sfumato.paths import Path, along, noised
@@ -53,17 +54,13 @@ class ContinuousConsistency:
         if not self.sigma_data > 0:
             raise ConfigError("data has a spread", where="objective.sigma_data", seen=f"{self.sigma_data:g}", fix="0.5")
 
-    @property
-    def told(self) -> tuple[str, ...]:
-        return ()
-
     def critic(self, denoiser: Denoiser) -> nn.Module:
         return Uncertainty() if self.adaptive else nn.Identity()
 
     def __call__(self, lesson: Lesson, x0: Tensor, cond: Cond | None = None, rng: Generator | None = None) -> Loss:
         """x0: (B, ...). Times and noise come from `rng` on the CPU. Errors told are the mean squares of the tangent."""
         student, path = lesson.student, lesson.path
-        t = self.times(len(x0), path, rng).to(x0.device, torch.promote_types(x0.dtype, torch.float32))
+        t = times_for(x0, self.times, path, rng)
         eps = noise_like(x0, rng)
         x_t = noised(path, x0, eps, t).to(x0.dtype)
         level = path.sigma(t) / path.alpha(t)

@@ -15,6 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from sfumato.errors import ConfigError, MachineError
+from sfumato.objectives.draws import noise_like
 from sfumato.paths import Linear, Path, along
 
 INNER = 1e-4  # how near to either end of time a bridge's velocity is still finite
@@ -87,7 +88,7 @@ class SchroedingerBridge:
             fix = "model.path=linear, or objective.coupling=optimal_transport"
             raise ConfigError("bridges are on the linear path", where=WHERE, seen=str(path), fix=fix)
         places = [self._drawn(a, b, rng) for a, b in _chunks(x0, eps, self.chunk)]
-        z = torch.randn(x0.shape, generator=rng, dtype=x0.dtype).to(x0.device)
+        z = noise_like(x0, rng)
         odds = along(t.clamp(INNER, 1 - INNER), x0)
         root, half = torch.sqrt(odds / (1 - odds)), self.sigma / 2
         return Pair((x0 + half * root * z).to(x0), (_taken(eps, places) + half / root * z).to(x0))

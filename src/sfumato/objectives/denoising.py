@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Generator, Tensor
 
 from sfumato.denoiser import Cond, Denoiser
 from sfumato.objectives.couplings import Coupling, Independent
+from sfumato.objectives.draws import noise_like, times_for
 from sfumato.objectives.weights import Flat, Weight
 from sfumato.paths import Path, log_snr, noised
 from sfumato.predictions import Prediction
@@ -55,8 +55,8 @@ class Denoising:
 
     def __call__(self, model: Denoiser, x0: Tensor, cond: Cond | None = None, rng: Generator | None = None) -> Loss:
         """x0: (B, ...). Times and noise come from `rng` on the CPU, so they do not depend on the device."""
-        t = self.times(len(x0), model.path, rng).to(x0.device, torch.promote_types(x0.dtype, torch.float32))
-        eps = torch.randn(x0.shape, generator=rng, dtype=x0.dtype).to(x0.device)
+        t = times_for(x0, self.times, model.path, rng)
+        eps = noise_like(x0, rng)
         x0, eps = self.coupling(model.path, x0, eps, t, rng)
         x_t = noised(model.path, x0, eps, t).to(x0.dtype)
         said = model.predict(x_t, t, cond)

@@ -33,6 +33,7 @@ from sfumato.objectives.critics import (
     valued,
 )
 from sfumato.objectives.denoising import Denoising, Loss
+from sfumato.objectives.draws import noise_like, times_for
 from sfumato.objectives.endpoints import begun_with, regression, teacher_of
 from sfumato.objectives.teaching import Lesson, Teacher
 from sfumato.objectives.weights import Flat, Weight
@@ -103,10 +104,6 @@ class DistributionMatching:
         check_shares(self, "adversarial", "contest", "warmup")
         check_counts(self, "every", "flow")
 
-    @property
-    def told(self) -> tuple[str, ...]:
-        return ()
-
     def critic(self, denoiser: Denoiser) -> FakeScore:
         return FakeScore(denoiser, self.heads)
 
@@ -172,8 +169,8 @@ class DistributionMatching:
         was drawn, and the mean square differences (B,) of the two.
         """
         path, teacher = lesson.path, lesson.taught
-        t = self.times(len(drawn), path, rng).to(drawn.device, torch.promote_types(drawn.dtype, torch.float32))
-        eps = torch.randn(drawn.shape, generator=rng, dtype=drawn.dtype).to(drawn.device)
+        t = times_for(drawn, self.times, path, rng)
+        eps = noise_like(drawn, rng)
         x_t = noised(path, drawn, eps, t).to(drawn.dtype)
         real = teacher(x_t.detach(), t)
         if critic.heads is None or not drawn.requires_grad:
@@ -216,7 +213,7 @@ class DistributionMatching:
         assert said.t is not None
         of_drawn = critic.logits(heard, said.t, cond)
         t = self.fake_times(len(x0), denoiser.path, rng).to(said.t)
-        eps = torch.randn(x0.shape, generator=rng, dtype=x0.dtype).to(x0.device)
+        eps = noise_like(x0, rng)
         _, of_real = critic(denoiser.path, noised(denoiser.path, x0, eps, t).to(x0.dtype), t, cond)
         parts["discriminator"] = F.softplus(of_drawn).mean() + F.softplus(-of_real).mean()
         return said.value + self.contest * parts["discriminator"], said

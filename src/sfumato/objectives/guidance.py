@@ -7,11 +7,11 @@ Guided answers are a denoiser like any other, so the student has the teacher's p
 
 from dataclasses import dataclass
 
-import torch
 from torch import Generator, Tensor
 
 from sfumato.denoiser import Cond
 from sfumato.objectives.denoising import Denoising, Loss
+from sfumato.objectives.draws import noise_like, times_for
 from sfumato.objectives.teaching import Lesson, checked_scales, drawn_scales
 from sfumato.objectives.weights import Flat, Weight
 from sfumato.paths import noised
@@ -42,8 +42,8 @@ class GuidanceDistillation:
     def __call__(self, lesson: Lesson, x0: Tensor, cond: Cond | None = None, rng: Generator | None = None) -> Loss:
         """x0: (B, ...). Times, noise and scales come from `rng` on the CPU."""
         student, teacher = lesson.student, lesson.taught
-        t = self.times(len(x0), student.path, rng).to(x0.device, torch.promote_types(x0.dtype, torch.float32))
-        eps = torch.randn(x0.shape, generator=rng, dtype=x0.dtype).to(x0.device)
+        t = times_for(x0, self.times, student.path, rng)
+        eps = noise_like(x0, rng)
         scale, told = drawn_scales(self.scales, cond, t, rng)
         x_t = noised(student.path, x0, eps, t).to(x0.dtype)
         guided = teacher(x_t, t, scale)

@@ -61,10 +61,6 @@ class ImprovedConsistencyTraining:
         checked_growth(self.first, self.last, least=1)
         _checked_span(self.span)
 
-    @property
-    def told(self) -> tuple[str, ...]:
-        return ()
-
     def points(self, progress: float) -> int:
         """N(k) of the grid, the data included: `first` + 1, doubled after equal parts of training, at most last + 1."""
         parts = math.floor(math.log2(self.last // self.first)) + 1
@@ -115,10 +111,6 @@ class EasyConsistencyTraining:
         if not self.base > 1 or self.stages < 1:
             seen = f"base {self.base:g}, {self.stages} stages"
             raise ConfigError("pairs come nearer in stages", where="objective.base", seen=seen, fix="base=2, stages=8")
-
-    @property
-    def told(self) -> tuple[str, ...]:
-        return ()
 
     def lower(self, level: Tensor, progress: float) -> Tensor:
         """r(t), a noise level, of a noise level t (B,)."""

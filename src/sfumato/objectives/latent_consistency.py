@@ -16,7 +16,9 @@ from torch import Generator, Tensor
 from sfumato.denoiser import Cond, Denoiser
 from sfumato.errors import ConfigError
 from sfumato.grids import Grid, trailing
+from sfumato.objectives.consistency import same_chance
 from sfumato.objectives.denoising import Loss
+from sfumato.objectives.draws import noise_like
 from sfumato.objectives.teaching import Lesson, checked_scales, drawn_scales
 from sfumato.paths import along, noised
 from sfumato.samplers.consistency import boundary_shares
@@ -73,14 +75,13 @@ class LatentConsistency:
         pairs = torch.stack([times[start], times[ends]], 1)
         dtype = torch.promote_types(x0.dtype, torch.float32)
         t, s = (one.to(x0.device, dtype) for one in pairs.unbind(1))
-        eps = torch.randn(x0.shape, generator=rng, dtype=x0.dtype).to(x0.device)
+        eps = noise_like(x0, rng)
         scale, told = drawn_scales(self.scales, cond, t, rng)
         x_t = noised(student.path, x0, eps, t).to(x0.dtype)
         with torch.no_grad():
             x_s = walked(ddim, student.path, x_t, pairs, lambda x, now: teacher(x, now, scale))
             over = (ends == self.points).to(x0.device)  # nothing is asked at the end of the grid
-            devices = [x0.device] if x0.is_cuda else []
-            with torch.random.fork_rng(devices):  # so that dropout is the same on both sides
+            with same_chance(x0.device):
                 said = self.end(lesson.slow or student, x_s, torch.where(over, t, s), told)
             target = torch.where(along(over, x_s), x_s, said)
         error = self.end(student, x_t, t, told) - target

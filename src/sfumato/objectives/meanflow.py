@@ -22,6 +22,7 @@ from sfumato.derivatives import along_direction
 from sfumato.errors import ConfigError
 from sfumato.guidance.core import Interval
 from sfumato.objectives.denoising import Loss
+from sfumato.objectives.draws import noise_like
 from sfumato.objectives.teaching import Lesson
 from sfumato.paths import Path, along, noised
 from sfumato.predictions import VELOCITY, Prediction
@@ -85,7 +86,7 @@ class MeanFlow:
         """x0: (B, ...). Times and noise come from `rng` on the CPU, times first."""
         student, told = lesson.student, dict(cond or {})
         t, until, still = pairs(self.times, self.still, x0, student.path, rng)
-        eps = torch.randn(x0.shape, generator=rng, dtype=x0.dtype).to(x0.device)
+        eps = noise_like(x0, rng)
         x_t = noised(student.path, x0, eps, t).to(x0.dtype)
         mean = self._mean(lesson, x_t, t, x0, told)
         said = student.predict(x_t, t, told, until=until)
@@ -149,7 +150,7 @@ class ImprovedMeanFlow:
         """x0: (B, ...). Times, noise and scales come from `rng` on the CPU, in this order."""
         student, told = lesson.student, dict(cond or {})
         t, until, still = pairs(self.times, self.still, x0, student.path, rng)
-        eps = torch.randn(x0.shape, generator=rng, dtype=x0.dtype).to(x0.device)
+        eps = noise_like(x0, rng)
         x_t = noised(student.path, x0, eps, t).to(x0.dtype)
         scale: Tensor | None = None
         if self.scales is not None:

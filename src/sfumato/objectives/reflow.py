@@ -47,10 +47,6 @@ class Reflow:
         if self.steps is not None and self.steps < 1:
             raise ConfigError("a student takes a step", where="objective.steps", seen=str(self.steps), fix="steps=1")
 
-    @property
-    def told(self) -> tuple[str, ...]:
-        return ()
-
     def __call__(self, lesson: Lesson, x0: Tensor, cond: Cond | None = None, rng: Generator | None = None) -> Loss:
         """x0: (B, ...), where the flow from `lesson.noise` ends. Times come from `rng` on the CPU."""
         student, noise = lesson.student, lesson.paired

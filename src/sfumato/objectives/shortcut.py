@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 from sfumato.denoiser import JUMP, Cond
 from sfumato.errors import ConfigError
 from sfumato.objectives.denoising import Denoising, Loss
+from sfumato.objectives.draws import noise_like, times_for
 from sfumato.objectives.meanflow import Means, some, taught
 from sfumato.objectives.teaching import Lesson, Teacher
 from sfumato.objectives.weights import Flat, Weight
@@ -64,11 +65,11 @@ class Shortcut:
         """x0: (B, ...). Times, jumps and noise come from `rng` on the CPU. The first rows learn jumps."""
         student, told = lesson.student, dict(cond or {})
         path, own, count = student.path, student.prediction, round(self.bootstrap * len(x0))
-        t = self.times(len(x0), path, rng).to(x0.device, torch.promote_types(x0.dtype, torch.float32))
+        t = times_for(x0, self.times, path, rng)
         begins, lengths, shortest = self.jumps(count, rng)
         t = torch.cat([begins.to(t), t[count:]])
         until = torch.cat([(begins - lengths).to(t), t[count:]])
-        eps = torch.randn(x0.shape, generator=rng, dtype=x0.dtype).to(x0.device)
+        eps = noise_like(x0, rng)
         x_t = noised(path, x0, eps, t).to(x0.dtype)
         with torch.no_grad():
             target = lesson.taught(x_t, t) if taught(lesson, self.means) else x0.to(t.dtype)

@@ -15,7 +15,6 @@ from torch import Generator, Tensor, nn
 from sfumato.denoiser import Bound, Cond, Denoiser, joined, times_like, translated
 from sfumato.errors import ConfigError
 from sfumato.guidance import CFG, Guidance, Unguided, combined, given, started
-from sfumato.objectives.denoising import Loss
 from sfumato.paths import Path
 
 Scale = float | Tensor  # of classifier-free guidance: one for all, or one a sample (B,)
@@ -169,15 +168,13 @@ def drawn_scales(
 
 
 @runtime_checkable
-class Method(Protocol):
-    """An objective whose model becomes a student: it is called with a `Lesson`. See `METHODS` of the catalogue."""
+class Tells(Protocol):
+    """A method whose student is told more than the time."""
 
     @property
     def told(self) -> Sequence[str]:
-        """The numbers that the student's network is told beside the time: "guidance", "until"."""
+        """The numbers that its network is told: "guidance", "until"."""
         ...
-
-    def __call__(self, lesson: Lesson, x0: Tensor, cond: Cond | None = None, rng: Generator | None = None) -> Loss: ...
 
 
 @runtime_checkable

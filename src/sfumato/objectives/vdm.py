@@ -16,6 +16,7 @@ from sfumato.denoiser import Cond, Denoiser
 from sfumato.errors import ConfigError
 from sfumato.learned import Learned
 from sfumato.objectives.denoising import Denoising, Loss
+from sfumato.objectives.draws import noise_like, times_for
 from sfumato.objectives.weights import ELBO
 from sfumato.paths import Path, noised
 from sfumato.times import Stratified, Uniform
@@ -46,8 +47,8 @@ class VDM:
                 fix="model.path.learn_ends=false",
             )
         bound = Denoising(Stratified(Uniform(self.low)), ELBO())
-        t = bound.times(len(x0), path, rng).to(x0.device, torch.promote_types(x0.dtype, torch.float32))
-        eps = torch.randn(x0.shape, generator=rng, dtype=x0.dtype).to(x0.device)
+        t = times_for(x0, bound.times, path, rng)
+        eps = noise_like(x0, rng)
         weights: list[Tensor] = []
         if isinstance(path, Learned):
             rows = path.rows(t, x0, lambda gradient: gradient * weights[0])

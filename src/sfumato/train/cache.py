@@ -183,7 +183,7 @@ def fill(config: Config, folder: Path, progress: Callable[[str], Any]) -> Filled
 def _ends(config: Config, dataset: Dataset) -> tuple[Any, Any, Any, Any]:
     """What stands at the ends of the network of a run: the codec's slot and itself, the conditioner's and itself."""
     if config.start is not None:
-        start = read_start(config.start)
+        start = read_start(config.start, config.start_key)
         start = start if config.control is None else under_control(start, config.control, config.seed)
         section = resolved(with_start(config, start))
         model = model_of(start, {name: section[name] for name in ("model", "sampling")} | {"size": list(dataset.shape)})

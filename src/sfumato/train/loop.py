@@ -52,7 +52,7 @@ def train(config: Config, *, run: str | Path, resume: bool = False, stop_after: 
             files.sweep(place)
         precision = pick_precision(config.precision, pick_device(config.device))
         config = config.model_copy(update={"precision": precision})  # so that the folder says what was meant
-        begun = read_start(config.start) if config.start is not None and not resume else None
+        begun = read_start(config.start, config.start_key) if config.start is not None and not resume else None
         if begun is not None and config.reparameterise is None:
             begun = begun if config.control is None else under_control(begun, config.control, config.seed)
             config = with_start(config, begun)

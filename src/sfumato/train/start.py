@@ -14,11 +14,9 @@ from torch import Tensor
 
 from sfumato.config import Config, ModelSection, SamplingSection
 from sfumato.errors import CheckpointError
-from sfumato.io.directory import load_model
 from sfumato.io.fill import fill_weights, unfilled
-from sfumato.io.published import is_published, load_published
+from sfumato.io.models import model_folder, read_model
 from sfumato.model import Model, build_model
-from sfumato.pipeline import model_folder
 
 FOLDER = "start"  # of a run that trains an adapter: the model that is changed
 
@@ -32,14 +30,17 @@ class Start(NamedTuple):
     where: str
 
 
-def read_start(path: str | Path) -> Start:
-    """The model of a run, a model directory, a folder of diffusers, a file, or of the hub. CheckpointError for none."""
+def read_start(path: str | Path, key: str = "start") -> Start:
+    """The model of a run, a model directory, a folder of diffusers, a file, or of the hub. CheckpointError for none.
+
+    key: of the configuration, that names it.
+    """
     folder = model_folder(path)
     if not folder.exists():
         raise CheckpointError(
-            "there is no model to start from", where="start", seen=str(path), fix="a run, a model, or a folder"
+            "there is no model to start from", where=key, seen=str(path), fix="a run, a model, or a folder"
         )
-    model = load_published(folder) if is_published(folder) else load_model(folder)
+    model = read_model(folder)
     return Start(model.spec, model.weights(), model.files(), str(path))
 
 

@@ -20,17 +20,15 @@ from sfumato.config import Config
 from sfumato.denoiser import Cond, Denoiser
 from sfumato.errors import CheckpointError, ConfigError
 from sfumato.guidance import Guidance
-from sfumato.io.directory import load_model
-from sfumato.io.fill import unfilled
-from sfumato.io.published import is_published, load_published
+from sfumato.io.models import model_folder, read_model
 from sfumato.model import Model, build_model
-from sfumato.objectives.teaching import Follows, Judges, Lesson, Method, Teacher
-from sfumato.pipeline import model_folder
+from sfumato.objectives.teaching import Follows, Judges, Lesson, Teacher, Tells
 from sfumato.registry import options_of, target_of
 from sfumato.settings import Settings
 from sfumato.train.keys import key
 from sfumato.train.start import Start
 
+BOUNDARY = 0.03  # the noise level below which a student that predicts x0 is given x itself
 SLOW, CRITIC = "slow", "critic"  # the parts beside a student's own
 EMBEDDED = 256  # the width at which published latent consistency models embed the guidance
 
@@ -130,14 +128,16 @@ def as_student(config: Config, begun: Start | None) -> tuple[Config, Start | Non
     answers, the numbers that it is told, and what its answer is at the data. New layers are drawn by the run's seed.
     """
     line, method = _method(config), build(config.objective, "Objective")
+    told = tuple(method.told) if isinstance(method, Tells) else ()
     assert config.model is not None  # its own, or that of its start
     section = config.model.model_dump(mode="json")
-    if method.told and config.lora is not None:
-        seen, what = ", ".join(method.told), "a low-rank change has no layers for a number that is told"
+    if told and config.lora is not None:
+        seen, what = ", ".join(told), "a low-rank change has no layers for a number that is told"
         raise ConfigError(what, where="lora", seen=seen, fix="lora=null, or an objective that tells nothing")
-    found = {**section, "net": _telling(section["net"], method.told), "answers": list(line.answers)}
+    found = {**section, "net": _telling(section["net"], told), "answers": list(line.answers)}
     if line.boundary and section["prediction"]["kind"] == "x0":
-        found["prediction"] = {"kind": "bounded"}  # nearly what it was, and x itself at the data
+        # nearly what it was, and x itself at the data; the level is written out, for a model must not hang on a default
+        found["prediction"] = {"kind": "bounded", "level": BOUNDARY}
     changed = type(config.model).model_validate(found)
     config = config.model_copy(update={"model": changed})
     if begun is None:
@@ -145,7 +145,7 @@ def as_student(config: Config, begun: Start | None) -> tuple[Config, Start | Non
     spec = {**begun.spec, "model": changed.model_dump(mode="json")}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(config.seed, "told"))
-        fresh = build_model(spec, files=begun.files).weights() if method.told else {}
+        fresh = build_model(spec, files=begun.files).weights() if told else {}
     return config, Start(spec, {**fresh, **begun.weights}, begun.files, begun.where)
 
 
@@ -187,7 +187,7 @@ def _told_scales(denoiser: Denoiser) -> Denoiser:
 def student_of(model: Any, config: Config, objective: Any, device: torch.device) -> Student:
     """A model, ready to learn by the configured method: with its teacher, its slow copy and its critic."""
     line = _method(config)
-    if not isinstance(model, Model) or not isinstance(objective, Method):
+    if not isinstance(model, Model):
         raise ConfigError("this objective trains a network", where="model.net", seen="null", fix="model.net=dit")
     student = Student(model, config.steps)
     teacher = None
@@ -213,8 +213,7 @@ def read_teacher(path: str) -> Model:
         raise CheckpointError(
             "there is no teacher to learn from", where="teacher", seen=path, fix="a run, a model, or a folder"
         )
-    with unfilled():
-        model = load_published(folder) if is_published(folder) else load_model(folder)
+    model = read_model(folder)
     if "x0" not in model.answers:
         seen = f"a model that answers {', '.join(model.answers)}"
         what, fix = "a teacher is asked for E[x0 | x_t]", "the model that this one was distilled from"

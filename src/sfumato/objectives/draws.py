@@ -1,0 +1,19 @@
+"""What every objective draws: times, and noise for its data, from a generator on the CPU, so that no device changes
+them.
+"""
+
+import torch
+from torch import Generator, Tensor
+
+from sfumato.paths import Path
+from sfumato.times import Density
+
+
+def times_for(x0: Tensor, density: Density, path: Path, rng: Generator | None) -> Tensor:
+    """A time of a density for each sample of x0 (B, ...), (B,), beside it, in float32 at least."""
+    return density(len(x0), path, rng).to(x0.device, torch.promote_types(x0.dtype, torch.float32))
+
+
+def noise_like(x0: Tensor, rng: Generator | None) -> Tensor:
+    """Standard normal noise like x0 (B, ...)."""
+    return torch.randn(x0.shape, generator=rng, dtype=x0.dtype).to(x0.device)
