@@ -21,6 +21,7 @@ Grid = Callable[..., Tensor]  # (path, n, **options) -> (n + 1,) float64, strict
 
 STEPS = 1000  # of the table that indices are counted in, on a path without one
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # EDM's noise levels, for paths whose own are 0 and infinite
+NARROW, WIDE, FEW, ENOUGH = 1.15, 1.5, 12, 20  # of `fitted`: spreads, and the steps up to and from which they hold
 LEAST, MANY = 0.01, 50  # of `fitted`: the last noise level on a path without a table, and the steps it holds for
 
 AYS = {  # Sabour et al. 2024: indices in Stable Diffusion's table, noise levels for the video model; n + 1 for 10 steps
@@ -233,20 +234,23 @@ def fitted(
     *,
     pixels: int = 64,
     level: float = 0.59,
-    spread: float = 1.43,
+    spread: float | None = None,
     least: float | None = None,
     start: float = 1.0,
 ) -> Tensor:
     """`logistic`, fitted to the size of the picture and to the number of steps. The default grid.
 
     The centre is `level` for 8x8 and grows with the square root of the side, as larger pictures keep their shapes under
-    more noise. The last noise level is the centre's times e^(-n / 2), but not below `least`, under which a trained
-    network has seen nothing: the table's own, 0.01 on other paths. Only past 50 steps does it fall on, as 1 / n^2, so
-    that errors vanish where answers are exact.
+    more noise. The spread is 1.15 up to 12 steps and rises evenly to 1.5 at 20: a few steps are needed in the middle,
+    where trajectories bend, and only many can also be spent on the ends. The last noise level is the centre's times
+    e^(-n / 2), but not below `least`, under which a trained network has seen nothing: the table's own, 0.01 on other
+    paths. Only past 50 steps does it fall on, as 1 / n^2, so that errors vanish where answers are exact.
     pixels: of what is diffused, height times width; a pipeline tells them where nothing is said.
     """
     if least is None:
         least = math.exp(_log_level(path, 1 / path.steps)) if isinstance(path, Tabulated) else LEAST
+    if spread is None:
+        spread = NARROW + (WIDE - NARROW) * min(max((n - FEW) / (ENOUGH - FEW), 0.0), 1.0)
     centre = level * (pixels / 64) ** 0.25
     top = _log_level(path, start)
     last = max(min(math.log(centre), top) - n / 2, math.log(least * min(1.0, MANY / n) ** 2))
