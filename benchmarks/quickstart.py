@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from machine import machine
+from measured import write_measured
 
 from sfumato import load, load_config, train
 from sfumato.errors import Interrupted
 from sfumato.files import write_atomic
 from sfumato.metrics.scenes import evaluate
-from sfumato.overlay import MEASURED
 from sfumato.train.curves import Curve, plot
 
 HERE = Path(__file__).parent
@@ -51,16 +51,6 @@ def learning_curve(recipe: str, overrides: list[str], folder: Path, points: int,
     return rows
 
 
-def write_measured(recipe: str, row: dict[str, Any]) -> None:
-    """What `sfumato recipes` tells of a recipe."""
-    kept = json.loads(MEASURED.read_text(encoding="utf-8"))
-    kept[recipe] = {"score": row["overall"]} | {
-        name: row[name] for name in ("low", "high", "held_out", "seconds", "images")
-    }
-    kept[recipe]["machine"] = machine()
-    write_atomic(MEASURED, json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
-
-
 def main() -> None:
     options = argparse.ArgumentParser(description="Score against seconds of training.")
     options.add_argument("overrides", nargs="*", help="key=value, as of sfumato train")
@@ -85,7 +75,8 @@ def main() -> None:
     chosen.results.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(chosen.results, json.dumps(kept, indent=1) + "\n")
     if chosen.measured:
-        write_measured(chosen.recipe, rows[-1])
+        row = {name: rows[-1][name] for name in ("low", "high", "held_out", "seconds", "images")}
+        write_measured(chosen.recipe, {"score": rows[-1]["overall"], **row, "machine": machine()})
     if chosen.picture:
         curves = [
             Curve(name, [row["seconds"] for row in one["curve"]], [row["overall"] for row in one["curve"]])

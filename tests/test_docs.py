@@ -72,7 +72,8 @@ def fault(line: str) -> str | None:
     except Exception as error:
         return str(error)
     if name == "distill":
-        return wrong(given["method"], given["overrides"], "guidance")
+        changes = [re.sub("^student=", "start=", one) for one in given["overrides"] or []]
+        return wrong(given["method"], changes, "guidance")
     return wrong(given["source"], given["overrides"]) if "overrides" in given else None
 
 

@@ -82,6 +82,16 @@ def tuned():  # type: ignore[no-untyped-def]
     return tune([problem(128, 4)], [problem(128, 5)], 5, iterations=80, teacher_steps=100)
 
 
+def test_tuning_ends_when_its_time_is_over() -> None:
+    """With what it has: at worst the sampler that it began with."""
+    steps: list[int] = []
+    given = [problem(16, 4)], [problem(16, 5)]
+    found = tune(*given, 3, iterations=50, teacher_steps=20, seconds=0.0, progress=lambda i, n: steps.append(i))
+    assert steps == [1] and found.error <= found.before and found.steps == 3
+    tune(*given, 3, iterations=3, teacher_steps=20, seconds=1e6, progress=lambda i, n: steps.append(i))
+    assert steps == [1, 1, 2, 3]
+
+
 def test_tuning_helps_on_noise_it_never_saw(tuned) -> None:  # type: ignore[no-untyped-def]
     fresh = problem(256, 6)
     truth = three_modes().flow(PATH, fresh.x, 1.0, 0.0)

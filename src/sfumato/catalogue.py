@@ -42,7 +42,8 @@ class Method:
     """What an objective asks of those who take part, where it makes a student: see `sfumato.objectives.teaching`.
 
     about: in a few words. teacher: "needed", "optional" or "none". answers: what its student can be asked for then, see
-    `Denoise`. slow: it has a copy that follows the student. critic: it has one, which learns beside the student.
+    `Denoise`. slow: it has a copy that follows the student. critic: it has one, which learns beside the student,
+    made of the "teacher" (of the student where there is no teacher) or of the "student"; "" for none.
     derivative: it takes forward-mode derivatives of the network. pairs: it learns from noise and where the teacher's
     flow takes it, in place of data. boundary: its student says x itself at the data: a prediction of x0 becomes
     `sfumato.predictions.bounded`.
@@ -52,7 +53,7 @@ class Method:
     teacher: str = "needed"
     answers: tuple[str, ...] = ("x0",)
     slow: bool = False
-    critic: bool = False
+    critic: str = ""
     derivative: bool = False
     pairs: bool = False
     boundary: bool = False
@@ -158,26 +159,30 @@ METHODS = {
         "where the flow ends, in continuous time, of a teacher or of data alone (sCD, sCT)",
         teacher="optional",
         answers=("endpoint",),
-        critic=True,
+        critic="student",
         derivative=True,
         boundary=True,
     ),
     "distribution_matching": Method(
         "the teacher's guided distribution in a few steps, by a score of the student's own (DMD2)",
         answers=("endpoint",),
-        critic=True,
+        critic="teacher",
     ),
     "meanflow": Method(
         "jumps of any length, by how they change along the flow", "optional", answers=("jump",), derivative=True
     ),
     "improved_meanflow": Method(
-        "the same as a regression of velocities, with the guidance told", "optional", answers=("jump",), derivative=True
+        "the same as a regression of velocities, with the guidance told",
+        "optional",
+        answers=("jump",),
+        critic="student",
+        derivative=True,
     ),
     "shortcut": Method("jumps of any length, each from two of half", "optional", answers=("jump",), slow=True),
     "adversarial": Method(
         "pictures in a few steps that heads on the teacher's features take for real (ADD, LADD)",
         answers=("endpoint",),
-        critic=True,
+        critic="teacher",
     ),
 }
 DISTANCES = {

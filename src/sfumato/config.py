@@ -63,10 +63,13 @@ class OptimSection(Section):
 
     The learning rate rises over `warmup` steps, and falls over the last `decay_fraction` of all. cycles: it does so
     anew in each of so many equal parts of the run (Loshchilov & Hutter 2017), as rounds of distillation want it.
+    critic_lr: of what learns beside the model and is not kept, a critic or a discriminator, by the same schedule; `lr`
+    unless said.
     """
 
     kind: str = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-3
+    critic_lr: Annotated[float, Field(gt=0)] | None = None
     warmup: Natural = 100
     decay: Literal["none", "linear", "cosine"] = "none"
     decay_fraction: Share = 1.0
@@ -272,8 +275,13 @@ class Config(Section):
 
 def _method_of(raw: dict[str, Any]) -> Method | None:
     """The line of `METHODS` of a raw configuration."""
-    said = raw.get("objective")
-    return METHODS.get(str(said.get("kind") if isinstance(said, dict) else said))
+    return METHODS.get(_objective_of(raw))
+
+
+def _objective_of(raw: dict[str, Any]) -> str:
+    """The name of the objective of a raw configuration."""
+    said = raw.get("objective", "denoising")
+    return str(said.get("kind") if isinstance(said, dict) else said)
 
 
 def source_of(slot: dict[str, Any]) -> dict[str, Any]:
@@ -351,6 +359,7 @@ def slot_problems(raw: dict[str, Any]) -> Iterator[Problem]:
 def start_problems(raw: dict[str, Any]) -> Iterator[Problem]:
     """What is wrong with where a run is to start from, and with whom it learns from."""
     yield from _teacher_problems(raw)
+    yield from _critic_problems(raw)
     if raw.get("model") is None and raw.get("start") is None and raw.get("teacher") is None:
         yield Problem("model", "is missing", "", "start=MODEL trains a model further")
     if raw.get("lora") is not None and raw.get("start") is None and raw.get("teacher") is None:
@@ -370,8 +379,7 @@ def start_problems(raw: dict[str, Any]) -> Iterator[Problem]:
 
 def _teacher_problems(raw: dict[str, Any]) -> Iterator[Problem]:
     """A method without its teacher, a teacher without a method, and what cannot be trained by one."""
-    said, teacher = raw.get("objective", "denoising"), raw.get("teacher")
-    kind = str(said.get("kind") if isinstance(said, dict) else said)
+    kind, teacher = _objective_of(raw), raw.get("teacher")
     method = METHODS.get(kind)
     if raw.get("pairs") is not None and kind in OBJECTIVES and not (method and method.pairs):
         fix = "an objective of: " + ", ".join(name for name, one in METHODS.items() if one.pairs)
@@ -389,12 +397,22 @@ def _teacher_problems(raw: dict[str, Any]) -> Iterator[Problem]:
         yield Problem("control", f"is not trained by the objective {kind}", "", "objective=denoising")
 
 
+def _critic_problems(raw: dict[str, Any]) -> Iterator[Problem]:
+    """A rate of learning for a critic, where there is none."""
+    rate, kind = dig(raw, "optim.critic_lr"), _objective_of(raw)
+    if rate is None or kind not in OBJECTIVES or ((method := METHODS.get(kind)) and method.critic):
+        return
+    if kind != ALONE or dig(raw, "objective.discriminator") is None:
+        what = f"is of a critic, and the objective {kind} has none"
+        yield Problem("optim.critic_lr", what, str(rate), "optim.critic_lr=null")
+
+
 def _misplaced(raw: dict[str, Any]) -> Iterator[Problem]:
     """A network where an autoencoder is trained, or none where something else is."""
-    model, objective = raw.get("model"), raw.get("objective", "denoising")
+    model = raw.get("model")
     if not isinstance(model, dict) or "net" not in model:
         return
-    kind, alone = objective.get("kind") if isinstance(objective, dict) else objective, model["net"] is None
+    kind, alone = _objective_of(raw), model["net"] is None
     if kind == ALONE and not alone:
         yield Problem("model.net", "is not trained by the objective autoencoder", str(model["net"]), "model.net=null")
     elif alone and kind in OBJECTIVES and kind != ALONE:

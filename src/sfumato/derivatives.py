@@ -6,7 +6,7 @@ for one: so while a derivative is taken, `sfumato.nets.layers.attended` writes a
 a backward pass, and everything is computed in float32 at least.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -31,13 +31,20 @@ def taking() -> Iterator[None]:
         _taken -= 1
 
 
+def widened(cond: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """Conditions for a network that is asked where autocast is off: in float32 what was computed in half precision."""
+    half = (torch.float16, torch.bfloat16)
+    return {name: value.float() if value.dtype in half else value for name, value in (cond or {}).items()}
+
+
 def along_direction(
     fn: Callable[..., Tensor], at: Sequence[Tensor], direction: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """fn(*at), and its derivative along a direction: the sum over the arguments of (d fn / d argument) times its own.
 
     at, direction: as many tensors, of equal shapes. Both answers have the shape of fn's, in float32 at least, and carry
-    gradients to the weights where those are recorded: detach what shall have none. Autocast is off inside.
+    gradients to the weights where those are recorded: detach what shall have none. Autocast is off inside: what fn
+    takes from elsewhere must not be in half precision, see `widened`.
     """
     wide = [one.to(torch.promote_types(one.dtype, torch.float32)) for one in at]
     along = [one.to(two.dtype) for one, two in zip(direction, wide, strict=True)]

@@ -1,5 +1,6 @@
 """Exit codes, usage errors, and where what is said goes."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -135,6 +136,21 @@ def test_recipes_are_listed(sfumato: Command) -> None:
     rows = sfumato("recipes", "--json").data
     assert {row["name"] for row in rows} == {recipe.name for recipe in overlay.recipes()}
     assert all(set(row) == {"name", "summary", "path", "measured"} and Path(row["path"]).is_file() for row in rows)
+
+
+def test_recipes_tell_what_came_of_them(sfumato: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A student's scores at each number of steps, beside its name."""
+    entry = {"score": 0.71, "steps": {"1": 0.33, "2": 0.605, "4": 0.71}, "low": 0.66, "high": 0.76, "images": 9600}
+    (tmp_path / "measured.json").write_text(json.dumps({"lcm": entry, "quickstart": {"score": 0.83}}))
+    monkeypatch.setattr(overlay, "MEASURED", tmp_path / "measured.json")
+    monkeypatch.setenv("COLUMNS", "200")
+    lines = sfumato("recipes").out.splitlines()
+    (own,) = (line for line in lines if line.startswith("lcm "))
+    assert own.split()[-4:] == ["0.71", "0.33", "0.60", "0.71"]
+    (other,) = (line for line in lines if line.startswith("quickstart "))
+    assert other.split()[-1] == "0.83"
+    rows = {row["name"]: row["measured"] for row in sfumato("recipes", "--json").data}
+    assert rows["lcm"] == entry and rows["tiny"] is None
 
 
 def test_a_reader_who_has_read_enough_is_no_error(tmp_path: Path) -> None:

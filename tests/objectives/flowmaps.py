@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sfumato.denoiser import Denoiser
 from sfumato.exact import Gaussian, Mixture
 from sfumato.guidance import Unguided
-from sfumato.objectives.teaching import Follows, Lesson, Teacher
+from sfumato.objectives.teaching import Follows, Judges, Lesson, Teacher
 from sfumato.paths import Cosine, Linear, Path, SubVariancePreserving, Tabulated, VarianceExploding, VariancePreserving
 from sfumato.predictions import VELOCITY, X0, Prediction
 from sfumato.samplers import drive
@@ -67,8 +67,8 @@ class Plane(nn.Module):
             nn.SiLU(),
             nn.Linear(width, width),
             nn.SiLU(),
-            nn.Linear(width, 2),
         )
+        self.head = nn.Linear(width, 2)
 
     def forward(
         self,
@@ -84,7 +84,7 @@ class Plane(nn.Module):
         parts = [x, torch.stack([t, t.sqrt(), until, t - until, until.sqrt(), scale], 1).to(x)]
         if self.label is not None:
             parts.append(self.label(torch.full((len(x),), 0) if label is None else label))
-        out: Tensor = self.layers(torch.cat(parts, 1))
+        out: Tensor = self.head(self.layers(torch.cat(parts, 1)))
         return out
 
 
@@ -96,11 +96,13 @@ def plane_student(seed: int = 0, prediction: Prediction = VELOCITY) -> Denoiser:
 def trained(method: Any, prediction: Prediction, steps: int = 500, batch: int = 256, lr: float = 4e-3) -> Denoiser:
     """A small student of the three modes, taught from data alone; its average over the last hundred steps or so."""
     student = plane_student(prediction=prediction)
+    critic = method.critic(student) if isinstance(method, Judges) else None
     slow, mean = (copy.deepcopy(student).requires_grad_(False) for _ in range(2))
-    optimizer, rng = torch.optim.Adam(student.parameters(), lr=lr), torch.Generator().manual_seed(3)
+    learning = [*student.parameters(), *([] if critic is None else critic.parameters())]
+    optimizer, rng = torch.optim.Adam(learning, lr=lr), torch.Generator().manual_seed(3)
     for k in range(steps):
         optimizer.param_groups[0]["lr"] = lr * (1 - k / steps)
-        lesson = Lesson(student, slow=slow, step=k, steps=steps)
+        lesson = Lesson(student, slow=slow, critic=critic, step=k, steps=steps)
         optimizer.zero_grad()
         method(lesson, MODES.draw(batch, rng).float(), None, rng).value.backward()
         optimizer.step()

@@ -183,16 +183,16 @@ def test_the_adaptive_weight_learns_the_log_of_the_error() -> None:
 
 
 def test_under_half_precision_tangents_are_of_single_precision() -> None:
-    net = DiT(DiTConfig(size=8, patch=4, dim=32, depth=1, heads=2, qk_norm=True))
+    net = DiT(DiTConfig(size=8, patch=4, dim=32, depth=1, heads=2, qk_norm=True, pooled_dim=6))
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=rng(3)))
     student = Denoiser(net, Linear(), VELOCITY, lambda path, t: 1000 * t)
     objective = ContinuousConsistency(Uniform(0.2, 0.8), warmup=0)
-    x0 = torch.randn(4, 3, 8, 8, generator=rng())
-    plain = objective(Lesson(student), x0, rng=rng(1))
+    x0, pooled = torch.randn(4, 3, 8, 8, generator=rng()), torch.randn(4, 6, generator=rng()).bfloat16()
+    plain = objective(Lesson(student), x0, {"pooled": pooled.float()}, rng=rng(1))
     with torch.autocast("cpu", torch.bfloat16):
-        half = objective(Lesson(student), x0, rng=rng(1))
+        half = objective(Lesson(student), x0, {"pooled": pooled}, rng=rng(1))
     torch.testing.assert_close(half.each, plain.each, rtol=1e-6, atol=0)
     half.value.backward()
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in net.parameters())

@@ -13,7 +13,7 @@ from torch import Tensor
 from sfumato.denoiser import Denoiser
 from sfumato.errors import ConfigError
 from sfumato.guidance import Unguided
-from sfumato.objectives.meanflow import Adaptive, ImprovedMeanFlow, MeanFlow, change
+from sfumato.objectives.meanflow import Adaptive, ImprovedMeanFlow, MeanFlow, SecondHead, change
 from sfumato.objectives.teaching import Lesson, Teacher
 from sfumato.paths import Linear, Path, Tabulated, noised
 from sfumato.predictions import VELOCITY, X0, Prediction, V
@@ -155,6 +155,71 @@ def test_jumps_of_no_length_are_flow_matching(method: Any) -> None:
     torch.testing.assert_close(loss.value.detach(), 2 * loss.each.mean())
 
 
+# The velocity by a second head
+
+
+def headed(student: Denoiser) -> SecondHead:
+    """A second head that is not the first any more."""
+    head = ImprovedMeanFlow(head="auxiliary").critic(student)
+    assert isinstance(head, SecondHead)
+    for p, own in zip(head.layer.parameters(), student.net.head.parameters(), strict=True):  # type: ignore[union-attr]
+        assert torch.equal(p, own) and p is not own
+    with torch.no_grad():
+        head.layer.weight.mul_(1.3)  # type: ignore[union-attr, operator]
+    return head
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_second_head_is_the_papers(guided: bool) -> None:
+    """It is the tangent and, of data, the guidance; it learns the same target; gradients of both reach the network."""
+    student = labelled() if guided else plane_student().double()
+    head, x0, cond = headed(student), MODES.draw(6, rng(1)), COND if guided else {}
+    method = ImprovedMeanFlow(head="auxiliary", power=0.5, scales=(1.0, 8.0) if guided else None)
+    loss = method(Lesson(student, critic=head, null=lambda: NONE), x0, cond, rng(2))
+    weights = [*student.parameters(), *head.parameters()]
+    grads = torch.autograd.grad(loss.value, weights)
+    chance = rng(2)
+    one, two = (part.double() for part in method.times(12, Linear(), chance).chunk(2))
+    e = torch.randn(6, 2, generator=chance, dtype=torch.float64)
+    t, r = torch.maximum(one, two), torch.minimum(one, two)
+    r, z, v = torch.cat([t[:3], r[3:]]), (1 - t[:, None]) * x0 + t[:, None] * e, e - x0
+    told = dict(cond)
+    if guided:
+        told["guidance"] = 8.0 ** torch.rand(6, generator=chance).double()
+
+    def at_t(z: Tensor, t: Tensor, **said: Tensor) -> Tensor:
+        net: Any = student.net
+        inside: list[Tensor] = []
+        hook = net.head.register_forward_pre_hook(lambda module, given: inside.append(given[0]))
+        net(z, t, until=t, **{**told, **said})
+        hook.remove()
+        out: Tensor = head.layer(inside[0])
+        return out
+
+    if guided:
+        v = v + ((1 - 1 / told["guidance"])[:, None] * (at_t(z, t) - at_t(z, t, **NONE))).detach()
+    said, dudt = torch.func.jvp(
+        lambda z, t: student.net(z, t, until=r, **told), (z, t), (at_t(z, t).detach(), torch.ones_like(t))
+    )
+    squares = [error.square().sum(1) for error in (said + (t - r)[:, None] * dudt.detach() - v, at_t(z, t) - v)]
+    value = sum((square / (square.detach() + 0.01) ** 0.5).mean() for square in squares)
+    assert isinstance(value, Tensor)
+    torch.testing.assert_close(loss.value, value, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(loss.parts["head"], squares[1].detach().mean() / 2, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(loss.each, squares[0].detach() / 2, rtol=1e-8, atol=1e-10)
+    theirs = torch.autograd.grad(value, weights, allow_unused=True)
+    for ours, other in zip(grads, theirs, strict=True):
+        torch.testing.assert_close(ours, other, rtol=1e-6, atol=1e-8)  # scales are drawn in float32
+
+
+def test_only_networks_with_a_known_last_layer_have_a_second_head() -> None:
+    with pytest.raises(ConfigError, match=r"objective\.head=own"):
+        ImprovedMeanFlow(head="auxiliary").critic(exact_student(Linear()))
+    with pytest.raises(ConfigError, match="no such head"):
+        ImprovedMeanFlow(head="both")  # type: ignore[arg-type]
+    assert not list(ImprovedMeanFlow().critic(exact_student(Linear())).parameters())
+
+
 def test_an_error_in_another_space_is_that_times_its_gain() -> None:
     student, x0 = plane_student(prediction=X0), MODES.draw(32, rng(1)).float()
     plain, weighed = (
@@ -255,8 +320,9 @@ def test_what_cannot_be_is_named() -> None:
     [
         (MeanFlow(times=LogitNormal(0.0, 1.2), still=0.5, power=0.0), X0),
         (ImprovedMeanFlow(times=LogitNormal(0.0, 1.2), power=0.0), VELOCITY),
+        (ImprovedMeanFlow(times=LogitNormal(0.0, 1.2), power=0.0, head="auxiliary"), VELOCITY),
     ],
-    ids=["meanflow", "improved"],
+    ids=["meanflow", "improved", "headed"],
 )
 def test_three_modes_are_learned_in_few_steps(method: Any, prediction: Prediction) -> None:
     """From data alone, against DDIM with the exact means: far nearer in one step, and in two."""

@@ -68,11 +68,19 @@ def sampling(sigma_min: float) -> dict[str, Any]:
     return {"sampler": sampler, "grid": {"kind": "consistency", "of": 40}, "steps": 1, "guidance": 1.0}
 
 
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Trained from nothing, with the published boundary."""
-    objective = {"kind": "consistency_training", "first": 2, "last": 10}
-    return taught(tmp_path_factory.mktemp("ct"), objective, model=model(0.002), sampling=sampling(0.002))
+@pytest.fixture(scope="module", params=["data", "teacher", "begun"])
+def student(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Taught by data with the published boundary, by a teacher likewise, or begun as the teacher, an EDM."""
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "data":
+        objective = {"kind": "consistency_training", "first": 2, "last": 10}
+        return taught(folder, objective, model=model(0.002), sampling=sampling(0.002))
+    edm = taught(folder, {"kind": "denoising", "weight": "edm"}, model=model(0.0))
+    grid = {"kind": "karras", "sigma_min": 0.002, "sigma_max": 80.0}
+    objective = {"kind": "consistency_distillation", "grid": grid, "points": 8}
+    if request.param == "begun":
+        return taught(folder, objective, teacher=str(edm), sampling=sampling(0.0))
+    return taught(folder, objective, teacher=str(edm), model=model(0.002), sampling=sampling(0.002))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
@@ -88,4 +96,4 @@ def test_diffusers_draws_our_students_pictures(student: Path, steps: int, tmp_pa
     theirs = pipe(num_inference_steps=steps, generator=rng, output_type="np").images[0]
     ours = load(student, "cpu").sample(None, steps=steps, seeds=7).images[0]
     assert float((torch.from_numpy(ours) / 255 - torch.as_tensor(theirs)).abs().max()) < 1.01 / 255
-    assert theirs.std() > 0.02
+    assert theirs.std() > 0.01

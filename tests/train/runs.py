@@ -17,8 +17,9 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 
 def kept(run: Path) -> dict[str, bytes]:
-    """All that a run keeps but its log, which has the time of day, and pictures of it."""
-    return {name: data for name, data in bytes_of(run).items() if not name.endswith((".txt", ".png", ".lock"))}
+    """All that a run keeps but its log and what it took, which have the time of day, and pictures of it."""
+    timed = (".txt", ".png", ".lock", "timing.json")
+    return {name: data for name, data in bytes_of(run).items() if not name.endswith(timed)}
 
 
 def stopped(config: Config, run: Path, after: int, resume: bool = False) -> None:

@@ -49,6 +49,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_the_discriminator_may_learn_at_a_rate_of_its_own(small: Small, start: Start) -> None:
+    run = start(*BOTH, "optim={kind: adamw, lr: 0.001, warmup: 0, decay: none, options: {}}", "optim.critic_lr=0.004")
+    names = {p: name for name, p in run.weights.items()}
+    for _ in range(2):
+        run._advance()
+    rates = {names[p]: group["lr"] for group in run.optimizer.param_groups for p in group["params"]}
+    assert rates.keys() == run.weights.keys()
+    assert {rate for name, rate in rates.items() if name.startswith("codec.")} == {0.001}
+    assert {rate for name, rate in rates.items() if not name.startswith("codec.")} == {0.004}
+    with pytest.raises(ConfigError, match="the objective autoencoder has none"):
+        small(*ALONE, "objective={kind: autoencoder}", "optim.critic_lr=0.004")
+
+
 @pytest.mark.parametrize("how", ["optim={kind: adamw, options: {}}", "optim.kind=muon", "precision=bf16"])
 def test_a_resumed_run_is_the_same_to_the_last_bit(small: Small, tmp_path: Path, how: str) -> None:
     config = small(*EVERYTHING, how)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from sfumato.config import Config, GuardSection
 from sfumato.errors import DataError, Interrupted
-from sfumato.objectives import Loss
+from sfumato.objectives import Adversarial, Autoencoding, Denoising, DistributionMatching, Loss
+from sfumato.objectives.denoising import Phased
+from sfumato.objectives.progressive import Progressive
 from sfumato.train import checkpoint, guard, train
 from sfumato.train.guard import LEAST, MEMORY, Guard
 from sfumato.train.run import ROLLBACKS, Run
@@ -78,6 +81,36 @@ def test_a_guard_comes_back_from_plain_data() -> None:
     other = Guard(GuardSection())
     other.restore(json.loads(json.dumps(made.state())))
     assert other == made and other.losses.maxlen == MEMORY and other.spikes == 1
+
+
+def test_in_another_phase_losses_begin_anew() -> None:
+    """Also after a roll back into the one before."""
+    made, seen = watched(noisy(0, 100))
+    made.entered(0)
+    assert made.score(50.0) > 12 and seen == []
+    made.entered(1)
+    assert [made.spike(loss * 50) for loss in noisy(1, 100)] == [None] * 100
+    made.entered(1)
+    assert made.score(1e4) > 12
+    other = Guard(GuardSection())
+    other.restore(made.state())
+    other.entered(1)
+    assert other == made and len(other.losses) == 100
+    made.entered(0)
+    assert [made.spike(loss * 1e4) for loss in noisy(2, 100)] == [None] * 100
+    old = Guard(GuardSection())
+    old.restore({name: value for name, value in other.state().items() if name != "phase"})  # of an older version
+    assert old.losses == other.losses and old.phase == 0
+
+
+def test_objectives_say_where_their_loss_begins_anew() -> None:
+    matching, heads = DistributionMatching(warmup=3), Adversarial(lambda net: None, warmup=2)  # type: ignore[arg-type]
+    coder = Autoencoding(discriminator=lambda images: images, start=4)
+    phased: tuple[Phased, ...] = (matching, heads, coder, Autoencoding(start=4), Progressive(first=4, last=1))
+    said = [[one.phase(step, 6) for step in range(6)] for one in phased]
+    assert said == [[0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1], [0] * 6, [0, 0, 1, 1, 2, 2]]
+    assert [DistributionMatching().phase(step, 6) for step in range(2)] == [1, 1]
+    assert not isinstance(Denoising(), Phased)
 
 
 def test_too_many_missed_steps_in_a_row_end_the_run() -> None:
@@ -181,6 +214,30 @@ def test_a_spike_can_be_warned_of(start: Start, monkeypatch: pytest.MonkeyPatch)
     run._advance()
     assert not equal(snapshot(run), before) and (run.updates, run.guard.spikes, run.guard.skipped) == (6, 1, 0)
     assert "deviations above the last ones" in (run.folder / "log.txt").read_text()
+
+
+@dataclass(frozen=True)
+class Turns:
+    """An objective for tests, a thousand times as large from its fifth step on."""
+
+    told: bool = True
+
+    def phase(self, step: int, steps: int) -> int:
+        return int(self.told and step >= 5)
+
+
+@pytest.mark.usefixtures("_early")
+@pytest.mark.parametrize("told", [True, False])
+def test_a_loss_that_says_where_it_begins_anew_is_no_spike_there(
+    start: Start, monkeypatch: pytest.MonkeyPatch, told: bool
+) -> None:
+    run = start("guard.spikes=skip")
+    monkeypatch.setattr(run.stepper, "objective", Turns(told))
+    struck(monkeypatch, 1e4, *range(5, 12))
+    monkeypatch.setattr(Turns, "__call__", lambda self, *rest, **more: Denoising()(*rest, **more), raising=False)
+    for _ in range(8):
+        run._advance()
+    assert (run.guard.spikes == 0) == told and (run.updates == 8) == told and run.guard.phase == int(told)
 
 
 @pytest.mark.usefixtures("_early")

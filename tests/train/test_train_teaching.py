@@ -260,7 +260,7 @@ class Opposed:
 @pytest.fixture
 def opposed(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setitem(OBJECTIVES, "opposed", f"{__name__}:Opposed")
-    monkeypatch.setitem(METHODS, "opposed", Method("for tests", slow=True, critic=True))  # type: ignore[index]
+    monkeypatch.setitem(METHODS, "opposed", Method("for tests", slow=True, critic="teacher"))  # type: ignore[index]
     return "objective={kind: opposed}"
 
 

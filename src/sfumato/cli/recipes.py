@@ -16,10 +16,14 @@ def recipes(json: bool = typer.Option(False, "--json", help="As JSON.")) -> None
     if json:
         as_json(rows)
         return
-    table = Table("recipe", "what it makes", "score", box=None, header_style="bold", padding=(0, 2, 0, 0))
+    table = Table(
+        "recipe", "what it makes", "score", "in 1, 2, 4 steps", box=None, header_style="bold", padding=(0, 2, 0, 0)
+    )
     for one in found():
-        score = (one.measured or {}).get("score")
-        table.add_row(one.name, one.summary, "" if score is None else f"{score:.2f}")
+        measured = one.measured or {}
+        score, few = measured.get("score"), measured.get("steps", {})
+        said = "" if score is None else f"{score:.2f}"
+        table.add_row(one.name, one.summary, said, " ".join(f"{of_steps:.2f}" for of_steps in few.values()))
     out.print(table)
     out.print(
         "\nsfumato train RECIPE                  trains one"

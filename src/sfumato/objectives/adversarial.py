@@ -64,6 +64,10 @@ class Adversarial:
     def critic(self, denoiser: Denoiser) -> nn.Module:
         return cast(nn.Module, self.heads(denoiser.net))
 
+    def phase(self, step: int, steps: int) -> int:
+        """0 in the warm-up, 1 from then on."""
+        return int(step >= self.warmup)
+
     def __call__(self, lesson: Lesson, x0: Tensor, cond: Cond | None = None, rng: Generator | None = None) -> Loss:
         """x0: (B, ...). All draws come from `rng` on the CPU.
 

@@ -90,6 +90,10 @@ class Autoencoding:
                 seen = str(getattr(self, name))
                 raise ConfigError(f"{name} is not negative", where=f"objective.{name}", seen=seen)
 
+    def phase(self, step: int, steps: int) -> int:
+        """0 before the discriminator counts, 1 from then on."""
+        return int(self.discriminator is not None and step >= self.start)
+
     def __call__(
         self, model: Opponents, x0: Tensor, cond: Mapping[str, Tensor] | None = None, rng: Generator | None = None
     ) -> Loss:

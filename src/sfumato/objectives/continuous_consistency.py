@@ -15,7 +15,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from sfumato.denoiser import Cond, Denoiser
-from sfumato.derivatives import along_direction
+from sfumato.derivatives import along_direction, widened
 from sfumato.errors import ConfigError
 from sfumato.objectives.consistency import same_chance
 from sfumato.objectives.denoising import Denoising, Loss
@@ -88,8 +88,9 @@ class ContinuousConsistency:
         rate = by_log_level(path, t)
         alpha_rate, sigma_rate = (along(one, x_t) for one in path.rates(t))
         along_flow = along(rate, x_t) * (alpha_rate * x0 + sigma_rate * eps)
+        wide = widened(cond)
         with same_chance(x_t.device):
-            end, change = along_direction(lambda x, at: lesson.student(x, at, cond), (x_t, t), (along_flow, rate))
+            end, change = along_direction(lambda x, at: lesson.student(x, at, wide), (x_t, t), (along_flow, rate))
         theta = along(torch.atan2(path.sigma(t), path.alpha(t) * self.sigma_data), x_t)
         easy = theta.cos() ** 2 * (end - x0)
         return (easy + self.risen(lesson) * (change - easy)) / theta.sin()

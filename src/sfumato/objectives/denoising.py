@@ -9,7 +9,7 @@ noise may be paired with the data, see `sfumato.objectives.couplings`.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Generator, Tensor
 
@@ -37,6 +37,15 @@ class Objective(Protocol):
     """A frozen choice of how to train."""
 
     def __call__(self, model: Denoiser, x0: Tensor, cond: Cond | None = None, rng: Generator | None = None) -> Loss: ...
+
+
+@runtime_checkable
+class Phased(Protocol):
+    """An objective whose loss begins anew on the way, so that its numbers before and after are not to be compared."""
+
+    def phase(self, step: int, steps: int) -> int:
+        """Of which part of training step `step` (from 0, of those that were made) of `steps` is."""
+        ...
 
 
 @dataclass(frozen=True)

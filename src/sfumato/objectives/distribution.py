@@ -107,6 +107,10 @@ class DistributionMatching:
     def critic(self, denoiser: Denoiser) -> FakeScore:
         return FakeScore(denoiser, self.heads)
 
+    def phase(self, step: int, steps: int) -> int:
+        """0 in the warm-up, 1 from then on."""
+        return int(step >= self.warmup)
+
     def __call__(self, lesson: Lesson, x0: Tensor, cond: Cond | None = None, rng: Generator | None = None) -> Loss:
         """x0: (B, ...). All draws come from `rng` on the CPU.
 

@@ -5,15 +5,16 @@ them.
 import torch
 from torch import Generator, Tensor
 
+from sfumato.devices import moved
 from sfumato.paths import Path
 from sfumato.times import Density
 
 
 def times_for(x0: Tensor, density: Density, path: Path, rng: Generator | None) -> Tensor:
     """A time of a density for each sample of x0 (B, ...), (B,), beside it, in float32 at least."""
-    return density(len(x0), path, rng).to(x0.device, torch.promote_types(x0.dtype, torch.float32))
+    return moved(density(len(x0), path, rng), x0.device, torch.promote_types(x0.dtype, torch.float32))
 
 
 def noise_like(x0: Tensor, rng: Generator | None) -> Tensor:
     """Standard normal noise like x0 (B, ...)."""
-    return torch.randn(x0.shape, generator=rng, dtype=x0.dtype).to(x0.device)
+    return moved(torch.randn(x0.shape, generator=rng, dtype=x0.dtype), x0.device)

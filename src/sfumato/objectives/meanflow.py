@@ -10,15 +10,17 @@ where dx/dt follows the flow. What is left of it is the error. On the linear pat
 u - (v - (t - s) du/dt), times -t; and the network may as well predict x0, where nothing is divided by small numbers.
 """
 
+import copy
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
+from torch.func import functional_call
 
 from sfumato.denoiser import JUMP, Cond, Denoiser, joined
-from sfumato.derivatives import along_direction
+from sfumato.derivatives import along_direction, widened
 from sfumato.errors import ConfigError
 from sfumato.guidance.core import Interval
 from sfumato.objectives.denoising import Loss
@@ -28,6 +30,7 @@ from sfumato.paths import Path, along, noised
 from sfumato.predictions import VELOCITY, Prediction
 from sfumato.times import Density, LogitNormal
 
+LAST = ("head", "exit")  # what networks call their last layer
 LOGIT_NORMAL = LogitNormal(-0.4, 1.0)  # the papers'
 Means = Literal["data", "teacher"]
 
@@ -109,7 +112,8 @@ class MeanFlow:
             return lesson.taught(x_t, t)
         if self.guidance == 1 or not cond:
             return x0
-        own, silent = both(lesson, x_t, t, cond)
+        rows = torch.cat([x_t, x_t]), torch.cat([t, t]), joined([cond, lesson.null()])
+        own, silent = lesson.student(*rows, to="x0").chunk(2)
         omega = self.guidance * (1 - self.kappa)
         guided = omega * x0 + (1 - omega - self.kappa) * silent + self.kappa * own
         return torch.where(along(inside(self.interval, lesson.path, t), x0), guided, x0)
@@ -122,8 +126,9 @@ class ImprovedMeanFlow:
     What the network says of a jump is composed to what it implies for E[x0 | x_t], along its own velocity at t, where a
     jump of no length answers; that is compared with the data or the teacher. scales: the range of guidance scales that
     the network is told, and has within it; they are drawn evenly in their logarithm; None for no guidance. interval:
-    noise levels within which it is guided. The paper's network has a second head for velocities and is told intervals
-    too; here jumps of no length are that head. times, still, means, difference, power, floor, space: as of `MeanFlow`.
+    noise levels within which it is guided. head: who says the velocity at t: jumps of no length themselves ("own"), or
+    a second last layer of the network, which learns it along and is not kept ("auxiliary"); the paper has both. Its
+    networks are told intervals too. times, still, means, difference, power, floor, space: as of `MeanFlow`.
     """
 
     times: Density = LOGIT_NORMAL
@@ -131,6 +136,7 @@ class ImprovedMeanFlow:
     means: Means | None = None
     scales: tuple[float, float] | None = None
     interval: Interval = (0.0, None)
+    head: Literal["own", "auxiliary"] = "own"
     difference: float = 0.0
     power: float = 1.0
     floor: float = 0.01
@@ -138,6 +144,8 @@ class ImprovedMeanFlow:
 
     def __post_init__(self) -> None:
         _check_shares(still=self.still, difference=self.difference)
+        if self.head not in ("own", "auxiliary"):
+            raise ConfigError("no such head", where="objective.head", seen=repr(self.head), fix="own or auxiliary")
         if self.scales is not None and not 1 <= self.scales[0] <= self.scales[1]:
             seen = str(self.scales)
             raise ConfigError("scales run from 1 or more up", where="objective.scales", seen=seen, fix="[1, 8]")
@@ -146,8 +154,14 @@ class ImprovedMeanFlow:
     def told(self) -> tuple[str, ...]:
         return ("until",) if self.scales is None else ("until", "guidance")
 
+    def critic(self, denoiser: Denoiser) -> nn.Module:
+        return SecondHead(denoiser.net) if self.head == "auxiliary" else nn.Identity()
+
     def __call__(self, lesson: Lesson, x0: Tensor, cond: Cond | None = None, rng: Generator | None = None) -> Loss:
-        """x0: (B, ...). Times, noise and scales come from `rng` on the CPU, in this order."""
+        """x0: (B, ...). Times, noise and scales come from `rng` on the CPU, in this order.
+
+        With an auxiliary head the value is the sum of both losses, which parts tell apart.
+        """
         student, told = lesson.student, dict(cond or {})
         t, until, still = pairs(self.times, self.still, x0, student.path, rng)
         eps = noise_like(x0, rng)
@@ -165,10 +179,23 @@ class ImprovedMeanFlow:
             if still < len(x0):
                 rows = slice(still, None)
                 x, at, given = x_t[rows], t[rows], some(told, rows)
-                own = student(x, at, given, to="x0")
+                own = self._own(lesson, x, at, given)
                 along_own = residual(student, x, at, until[rows], own, jump[rows], given, self.difference)
                 left[rows] = along_own + own - mean[rows]
-        return weighed(student, said, jump - left, x_t, t, self.space, Adaptive(self.power, self.floor))
+        by = Adaptive(self.power, self.floor)
+        loss = weighed(student, said, jump - left, x_t, t, self.space, by)
+        if not isinstance(lesson.critic, SecondHead):
+            return loss
+        beside = weighed(student, lesson.critic(student, x_t, t, told), mean, x_t, t, self.space, by)
+        return loss._replace(value=loss.value + beside.value, parts={**loss.parts, "head": beside.parts["error"]})
+
+    def _own(self, lesson: Lesson, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The network's own E[x0 | x_t]."""
+        if isinstance(lesson.critic, SecondHead):
+            said = lesson.critic(lesson.student, x_t, t, cond)
+            return lesson.student.prediction.x0(lesson.path, said, x_t, t)
+        own: Tensor = lesson.student(x_t, t, cond, to="x0")
+        return own
 
     @torch.no_grad()
     def _mean(self, lesson: Lesson, x_t: Tensor, t: Tensor, x0: Tensor, cond: Cond, scale: Tensor | None) -> Tensor:
@@ -176,9 +203,50 @@ class ImprovedMeanFlow:
             return lesson.taught(x_t, t, scale)
         if scale is None or cond.keys() == {"guidance"}:
             return x0
-        own, silent = both(lesson, x_t, t, cond)
+        null = {**lesson.null(), "guidance": scale}
+        rows = torch.cat([x_t, x_t]), torch.cat([t, t]), joined([cond, null])
+        own, silent = self._own(lesson, *rows).chunk(2)
         less = torch.where(inside(self.interval, lesson.path, t), 1 - 1 / scale, 0.0)
         return x0 + along(less, x0) * (own - silent)
+
+
+class SecondHead(nn.Module):
+    """A second last layer of a network, which says velocities while the first says jumps. It begins as the first."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.layer = copy.deepcopy(net.get_submodule(last_layer(net))).requires_grad_(True)
+
+    def forward(self, student: Denoiser, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """What the network predicts for a jump of no length, through this layer: as `Denoiser.predict`."""
+        place = f"denoiser.net.{last_layer(student.net)}"
+        own: dict[str, Tensor] = {f"{place}.{name}": p for name, p in self.layer.named_parameters()}
+        said: Tensor = functional_call(_Predicts(student), own, (x_t, t, cond))
+        return said
+
+
+class _Predicts(nn.Module):
+    """A denoiser, called for what its network says."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(self, *given: Any) -> Tensor:
+        return self.denoiser.predict(*given)
+
+
+def last_layer(net: nn.Module) -> str:
+    """The name of a network's last layer. ConfigError for networks that have none that is known."""
+    found: list[str] = [name for name, _ in net.named_modules() if name.rpartition(".")[2] in LAST]
+    if not found:
+        what, seen = "a second head is made of a last layer, named head or exit", type(net).__name__
+        raise ConfigError(what, where="model.net", seen=seen, fix="objective.head=own")
+    return min(found, key=_depth)
+
+
+def _depth(name: str) -> int:
+    return name.count(".")
 
 
 def pairs(times: Density, still: float, x0: Tensor, path: Path, rng: Generator | None) -> tuple[Tensor, Tensor, int]:
@@ -218,8 +286,10 @@ def change(
     the jump's end and pure noise.
     """
 
+    wide = widened(cond)
+
     def answer(x: Tensor, at: Tensor) -> Tensor:
-        said: Tensor = student(x, at, cond, to=JUMP, until=until)
+        said: Tensor = student(x, at, wide, to=JUMP, until=until)
         return said
 
     if difference == 0:
@@ -243,14 +313,6 @@ def weighed(
     each = error.flatten(1).sum(1)
     mean = each.detach() / error[0].numel()
     return Loss(by(each).mean(), mean, t, {"error": mean.mean()})
-
-
-def both(lesson: Lesson, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
-    """The student's E[x0 | x_t] with the condition and without, in one batch."""
-    told = {name: value for name, value in cond.items() if name == "guidance"}
-    conds = joined([cond, {**lesson.null(), **told}])
-    own, silent = lesson.student(torch.cat([x_t, x_t]), torch.cat([t, t]), conds, to="x0").chunk(2)
-    return own, silent
 
 
 def taught(lesson: Lesson, means: Means | None) -> bool:

@@ -61,6 +61,10 @@ class Progressive:
         """Which round a step (from 0) of so many is in; the last, where nothing is said."""
         return self.rounds - 1 if step is None else min(self.rounds - 1, step * self.rounds // max(1, steps))
 
+    def phase(self, step: int, steps: int) -> int:
+        """The round: each has a target of its own."""
+        return self.round(step, steps)
+
     def follow(self, step: int, steps: int) -> float:
         """0 at the end of a round, which copies the student, and 1 else."""
         return float(self.round(step, steps) == self.round(step + 1, steps))

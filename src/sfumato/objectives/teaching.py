@@ -191,5 +191,5 @@ class Judges(Protocol):
     """A method with a critic."""
 
     def critic(self, denoiser: Denoiser) -> nn.Module:
-        """A new critic, made of the teacher's denoiser (of the student's, where there is no teacher)."""
+        """A new critic, made of the teacher's denoiser or the student's, as its line of `METHODS` says."""
         ...

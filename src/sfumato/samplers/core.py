@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sfumato.devices import moved
 from sfumato.errors import ConfigError
 from sfumato.paths import Path
 
@@ -166,4 +167,4 @@ class SeededNoise:
             )
         dtype = torch.promote_types(like.dtype, torch.float32)
         rows = [torch.randn(like.shape[1:], generator=g, dtype=dtype) for g in self.generators]
-        return torch.stack(rows).to(like.device, like.dtype)
+        return moved(torch.stack(rows), like.device, like.dtype)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sfumato.denoiser import JUMP, VARIANCE, Denoise, joined
+from sfumato.devices import moved
 from sfumato.errors import ConfigError
 from sfumato.guidance import Branch, Forward, Guidance, Variants, combined, started, varied
 from sfumato.paths import Path
@@ -167,7 +168,7 @@ def _row_by_row(x: Tensor, times: Sequence[tuple[float, int]]) -> Tensor:
     """Times, each of so many rows, beside x: (B,)."""
     each = [t for t, rows in times for _ in range(rows)]
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return torch.tensor(each, dtype=dtype).to(x.device, non_blocking=True)
+    return moved(torch.tensor(each, dtype=dtype), x.device)
 
 
 def _x0(ask: Ask, answer: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sfumato.devices import moved
 from sfumato.errors import ConfigError
 from sfumato.paths import Path
 from sfumato.samplers.core import Ask, SamplerFn
@@ -47,7 +48,7 @@ def walked(
         for k, ask in asks.items():
             state = state.index_copy(0, rows[k], ask.x)
             now = torch.where(which == k, ask.t, now)
-        answers = denoise(state, now.to(x.device, torch.promote_types(x.dtype, torch.float32)))
+        answers = denoise(state, moved(now, x.device, torch.promote_types(x.dtype, torch.float32)))
         for k in list(asks):
             go_on(k, answers[rows[k]].to(x.dtype))
     return done

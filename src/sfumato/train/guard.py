@@ -2,7 +2,8 @@
 
 A loss is judged by its distance from the median of the last ones, in units of their median absolute deviation: both
 stay put however wild a few of them are, so one spike does not hide the next. A step that is not made changes neither
-weights nor averages nor the learning rate; when too many in a row are not made, the run stops.
+weights nor averages nor the learning rate; when too many in a row are not made, the run stops. Where an objective's
+loss begins to mean something else, nothing is usual yet.
 """
 
 from collections import deque
@@ -21,8 +22,8 @@ MEMORY, LEAST = 200, 40
 class Guard:
     """What has been seen, as plain data that travels in checkpoints.
 
-    losses: the last ones, without spikes that were not trained on. skipped: steps that were not made, in_a_row of them
-    the latest. spikes: all that were seen.
+    losses: the last ones of this phase of the objective, without spikes that were not trained on. skipped: steps that
+    were not made, in_a_row of them the latest. spikes: all that were seen.
     """
 
     section: GuardSection
@@ -31,6 +32,13 @@ class Guard:
     in_a_row: int = 0
     spikes: int = 0
     rollbacks: int = 0
+    phase: int = 0
+
+    def entered(self, phase: int) -> None:
+        """A phase of the objective, see `sfumato.objectives.denoising.Phased`: in another one losses begin anew."""
+        if phase != self.phase:
+            self.losses.clear()
+        self.phase = phase
 
     def missed(self, step: int, why: str) -> None:
         """Counts a step that is not made; DataError when too many come in a row."""
@@ -76,8 +84,8 @@ class Guard:
     def restore(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
         for name in _COUNTS:
-            setattr(self, name, int(state[name]))
+            setattr(self, name, int(state.get(name, 0)))  # a checkpoint of an older version knows no phase
         self.losses = deque(state["losses"], maxlen=MEMORY)
 
 
-_COUNTS = ("skipped", "in_a_row", "spikes", "rollbacks")
+_COUNTS = ("skipped", "in_a_row", "spikes", "rollbacks", "phase")

@@ -34,9 +34,9 @@ STOPPING = b"\nstopping after this step; Ctrl-C again stops at once, unsaved\n"
 def train(config: Config, *, run: str | Path, resume: bool = False, stop_after: int | None = None) -> Path:
     """Trains, or goes on training, in the folder `run`; returns its `model/`.
 
-    The folder gets config.yaml, metrics.jsonl, log.txt, loss.png, samples/, checkpoints/, and for every average of
-    `config.ema` a model directory: `model/` for the first, `model-1/`, `model-2/` for others. Training an adapter
-    (`config.lora`) also leaves `lora.safetensors`, and `start/`, the model that it changes.
+    The folder gets config.yaml, metrics.jsonl, log.txt, timing.json, loss.png, samples/, checkpoints/, and for every
+    average of `config.ema` a model directory: `model/` for the first, `model-1/`, `model-2/` for others. Training an
+    adapter (`config.lora`) also leaves `lora.safetensors`, and `start/`, the model that it changes.
     stop_after: save and stop after so many steps of this call, as an interruption would (for machines lent by the
     hour). Raises ConfigError if the folder holds another run or other things, or is in use, Interrupted when it was
     stopped and can be resumed, CheckpointError if there is nothing whole to resume from, DataError if the data or the

@@ -9,12 +9,15 @@ from torch.optim import AdamW, Optimizer
 
 from sfumato.catalogue import build
 from sfumato.config import Config
+from sfumato.model import Trainable
 from sfumato.train.muon import Muon
 
 OUTSIDE = (  # of Muon: what is no matrix between two hidden layers, and what acts on one summary a picture
     *("patches", "head", "entry", "exit", "table", "place", "label", "time", "context", "pooled"),
     *("modulation", "shared", "local", "nearby"),
 )
+
+MULTIPLE = "multiple"  # of a group, what its rate is of the schedule's
 
 
 def adamw(
@@ -60,11 +63,34 @@ def muon(
     )
 
 
-def build_optimizer(model: nn.Module, config: Config) -> Optimizer:
-    """The optimizer that a configuration asks for."""
+def build_optimizer(model: Trainable, config: Config) -> Optimizer:
+    """The optimizer that a configuration asks for. A critic with a rate of its own is in groups of its own."""
     slot: Mapping[str, Any] = {"kind": config.optim.kind, **config.optim.options}
     optimizer: Optimizer = build(slot, "Optimizer")(model, config.optim.lr)
+    if config.optim.critic_lr is not None:
+        critic = {p for name, p in model.trained().items() if not model.is_kept(name)}
+        _set_apart(optimizer, critic, config.optim.critic_lr / config.optim.lr)
     return optimizer
+
+
+def set_rate(optimizer: Optimizer, rate: float) -> None:
+    """Gives every group the rate of the schedule; a critic's, its multiple of it."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get(MULTIPLE, 1.0)
+
+
+def _set_apart(optimizer: Optimizer, critic: set[nn.Parameter], multiple: float) -> None:
+    """Moves some weights out of their groups into others, alike but for the rate."""
+    groups = list(optimizer.param_groups)
+    optimizer.param_groups.clear()
+    for group in groups:
+        alike = {name: value for name, value in group.items() if name != "params"}
+        kept = [p for p in group["params"] if p not in critic]
+        moved = [p for p in group["params"] if p in critic]
+        if kept:
+            optimizer.add_param_group({**alike, "params": kept})
+        if moved:
+            optimizer.add_param_group({**alike, "params": moved, MULTIPLE: multiple})
 
 
 def learning_rate(update: int, config: Config) -> float:

@@ -28,6 +28,7 @@ from sfumato.data.order import indices
 from sfumato.errors import CheckpointError, ConfigError, DataError, Interrupted, MachineError
 from sfumato.io.directory import save_model
 from sfumato.model import AutoencoderModel, Model, build_model, compile_net, pick_device
+from sfumato.objectives.denoising import Phased
 from sfumato.overlay import resolved
 from sfumato.train import checkpoint
 from sfumato.train.cache import cache_for
@@ -45,6 +46,7 @@ from sfumato.train.reparameterise import reparameterise
 from sfumato.train.start import FOLDER, Start, model_of, read_start
 from sfumato.train.step import Outcome, Stepper
 from sfumato.train.teaching import Student, student_of
+from sfumato.train.timing import Timing
 from sfumato.train.trainable import trainable
 from sfumato.train.validate import Validation
 
@@ -85,6 +87,7 @@ class Run:
         if kept is not None:
             told += self._restore(*kept)
         self._check_room()
+        self.timing = Timing(folder, self.step, self.device, config.precision)
         self.stepper.cache = cache = cache_for(config, self.model, self.dataset)
         if isinstance(self.model, Student) and cache is not None and cache.states is not None:
             self.model.stored = partial(cache.cond, device=self.device)
@@ -156,9 +159,10 @@ class Run:
                 reparameterise(self.model, start, config.reparameterise.time)
         else:
             self.model = self._further(files_, start)
+        self.model.to(self.device)
         if config.method is not None:
-            self.model = student_of(self.model, config, objective, self.device)
-        self.model.to(self.device).train()
+            self.model = student_of(self.model, config, objective, self.device).to(self.device)
+        self.model.train()
         self.weights = self.model.trained()
         self.averaged = {name: p for name, p in self.weights.items() if self.model.is_kept(name)}
         self.optimizer = build_optimizer(self.model, config)
@@ -218,6 +222,8 @@ class Run:
             why = f"loss {outcome.loss:g}, gradient norm {outcome.norm:g}"
             self._skip("not finite: " + why, batches)
             return False
+        if isinstance(self.stepper.objective, Phased):
+            self.guard.entered(self.stepper.objective.phase(self.updates, self.config.steps))
         score = self.guard.spike(outcome.loss)
         if score is None:
             return True
@@ -313,6 +319,7 @@ class Run:
             )
         checkpoint.save(self.checkpoints, self.step, self._state(), self.config.checkpoint.keep)
         self._save_models()
+        self.timing.write(self.step)
         self.log.paused(time.perf_counter() - started)
 
     def _state(self) -> State:

@@ -15,12 +15,14 @@ from sfumato.config import Config
 from sfumato.data.loader import Batch
 from sfumato.data.picture import Image
 from sfumato.denoiser import Cond
+from sfumato.devices import moved
 from sfumato.model import Model, Trainable
 from sfumato.nets.layers import BF16_ARITHMETIC
 from sfumato.objectives import Loss, Objective
 from sfumato.objectives.teaching import Lesson
 from sfumato.train.cache import Cache
 from sfumato.train.keys import generator, key
+from sfumato.train.optim import set_rate
 from sfumato.train.pixels import pixels
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -76,7 +78,9 @@ class Stepper:
         self.scaler.unscale_(self.optimizer)
         most = self.config.optim.clip or torch.inf
         norms = [torch.nn.utils.clip_grad_norm_(part, most, foreach=True) for part in self.clipped]
-        norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+        norm = (
+            norms[0] if len(norms) == 1 else torch.stack([one.to(self.device) for one in norms]).norm()
+        )  # a part without gradients has its norm on the CPU
         seen = torch.stack([one.float() for one in (total, norm, *parts.values())]).tolist()
         return Outcome(seen[0], seen[1], dict(zip(parts, seen[2:], strict=True)))
 
@@ -106,7 +110,7 @@ class Stepper:
         if batch.pairs is None:
             return learner
         assert isinstance(learner, Lesson)  # pairs are made for methods only
-        return replace(learner, noise=torch.from_numpy(batch.pairs[:, 1]).to(self.device, non_blocking=True))
+        return replace(learner, noise=moved(torch.from_numpy(batch.pairs[:, 1]), self.device))
 
     def cond(self, raw: Sequence[Raw]) -> Cond:
         """What the network is told, computed or from the cache."""
@@ -116,8 +120,7 @@ class Stepper:
 
     def update(self, rate: float) -> None:
         """Moves the weights by gradients that `gradients` found finite: a scaler, which looks at them too, agrees."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimizer, rate)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -139,10 +142,10 @@ def clean(model: Trainable, batch: Batch, device: torch.device, rng: Generator) 
     rng: of latents that are drawn from their distribution, where the codec has them so.
     """
     if batch.pairs is not None:
-        return torch.from_numpy(batch.pairs[:, 0]).to(device, non_blocking=True)
+        return moved(torch.from_numpy(batch.pairs[:, 0]), device)
     draws = bool(getattr(getattr(model, "codec", None), "sampled", False))
     if batch.moments is not None:
-        mean, spread = torch.from_numpy(batch.moments).to(device, non_blocking=True).unbind(1)
+        mean, spread = moved(torch.from_numpy(batch.moments), device).unbind(1)
     elif draws and isinstance(model, Model):
         assert batch.images is not None and isinstance(model.codec, Latents)
         with torch.no_grad():

@@ -202,7 +202,8 @@ def student_of(model: Any, config: Config, objective: Any, device: torch.device)
     if line.critic:
         assert isinstance(objective, Judges)
         torch.manual_seed(key(config.seed, CRITIC))
-        student.critic = objective.critic(student.denoiser if teacher is None else teacher.denoiser)
+        judged = line.critic == "teacher" and teacher is not None
+        student.critic = objective.critic(teacher.denoiser if judged and teacher else student.denoiser)
     return student
 
 

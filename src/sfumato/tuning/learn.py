@@ -5,6 +5,8 @@ The run is `learned`'s. It starts as a known sampler, on a known grid or on the 
 whichever is better; so before the first update it is sound, and the best one met on other noise is what is kept.
 """
 
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,12 +53,15 @@ def tune(
     iterations: int = 300,
     rate: float = 0.02,
     teacher_steps: int = 200,
+    seconds: float | None = None,
     progress: Progress | None = None,
 ) -> Tuned:
     """The best sampler of n calls found in so many gradient steps, each on one of the problems in turn.
 
-    held_out: problems to choose by and to measure on. rate: of Adam, falling to 0 by a cosine.
+    held_out: problems to choose by and to measure on. rate: of Adam, falling to 0 by a cosine. seconds: after which no
+    further step is made, however many are left.
     """
+    until = math.inf if seconds is None else time.perf_counter() + seconds
     path = problems[0].denoise.path
     ends = [solved(problem, teacher_steps).x[-1] for problem in problems]
     held_ends = [solved(problem, teacher_steps).x[-1] for problem in held_out]
@@ -74,12 +79,15 @@ def tune(
         torch.nn.utils.clip_grad_norm_(numbers.parameters(), 1.0)
         optimizer.step()
         decay.step()
-        if (i + 1) % 20 == 0 or i + 1 == iterations:
+        over = i + 1 == iterations or time.perf_counter() > until
+        if (i + 1) % 20 == 0 or over:
             error = _measured(numbers, held_out, held_ends)
             if error < best:
                 best, kept = error, numbers.plain()
         if progress is not None:
             progress(i + 1, iterations)
+        if over:
+            break
     return Tuned(*kept, error=best, before=before)
 
 

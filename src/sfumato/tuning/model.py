@@ -39,9 +39,13 @@ def tune_model(
     iterations: int = 100,
     teacher_steps: int = 60,
     seed: int = 0,
+    seconds: float | None = None,
     progress: Progress | None = None,
 ) -> Tuned:
-    """A sampler of n calls for a model: three quarters of the conditions to tune on, the others to choose by."""
+    """A sampler of n calls for a model: three quarters of the conditions to tune on, the others to choose by.
+
+    seconds: as of `tune`.
+    """
     found = problems(pipeline, raw, batch=batch, guidance=guidance, seed=seed)
     cut = max(1, len(found) * 3 // 4)
     return tune(
@@ -50,6 +54,7 @@ def tune_model(
         n,
         iterations=iterations,
         teacher_steps=teacher_steps,
+        seconds=seconds,
         progress=progress,
     )
 
