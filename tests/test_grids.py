@@ -162,6 +162,12 @@ def test_fitted_centres_on_more_noise_for_larger_pictures_and_ends_by_the_number
     assert fitted(path, 1).tolist() == [1.0, 0.0]
 
 
+def test_fitted_spends_few_steps_in_the_middle_and_many_at_the_ends_too() -> None:
+    for n, spread in ((5, 1.15), (12, 1.15), (16, 1.325), (20, 1.5), (60, 1.5)):
+        assert fitted(Linear(), n).tolist() == fitted(Linear(), n, spread=spread).tolist()
+        assert fitted(Linear(), n).tolist() != fitted(Linear(), n, spread=spread + 0.1).tolist()
+
+
 def test_fitted_asks_a_table_for_no_less_noise_than_it_was_trained_on() -> None:
     path = Tabulated("scaled_linear")
     assert path.index(fitted(path, 40, pixels=4096)[-2:-1]).item() == pytest.approx(0, abs=1e-6)
