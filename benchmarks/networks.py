@@ -1,10 +1,12 @@
 """Networks against diffusers' own, with the same weights: time forward and back, peak memory, and loading.
 
     python benchmarks/networks.py --json
+    python benchmarks/networks.py --only ddpm
 
 Each pair has the same weights, written by us in diffusers' layout, and is timed in turns, so that both see the same
 machine; a ratio below 1 is ours being faster. Memory is the most that a process of its own ever held beyond what it had
-before. Loading is of a model directory of two gigabytes, against the size of its file.
+before. Loading is of a model directory of two gigabytes, against the size of its file. With --only, what is not
+measured stays in the results as it was; every network's row says how many threads it had.
 """
 
 import argparse
@@ -27,10 +29,12 @@ from torch import Tensor, nn
 from sfumato.files import write_atomic
 from sfumato.io.directory import save_model
 from sfumato.io.families import dit as dit_family
-from sfumato.io.families import stable
+from sfumato.io.families import pixel_unet, stable
 from sfumato.io.keymap import DIFFUSERS, OURS, renamed
 from sfumato.model import build_model
 from sfumato.nets.dit import DiT, preset
+from sfumato.nets.pixel_unet import PixelUNet
+from sfumato.nets.pixel_unet import preset as pixel_preset
 from sfumato.nets.stable_unet import StableUNet, StableUNetConfig
 
 HERE = Path(__file__).parent
@@ -82,7 +86,37 @@ def unet() -> tuple[Pass, Pass, nn.Module, nn.Module]:
     )
 
 
-PAIRS = {"dit-s/2": dit_s2, "unet": unet}
+def ddpm() -> tuple[Pass, Pass, nn.Module, nn.Module]:
+    """The U-Net of google/ddpm-cifar10-32 as published: 32x32 pixels, a batch of 2."""
+    import diffusers
+
+    config = pixel_preset("ddpm-32")
+    ours = _stirred(PixelUNet(config))
+    theirs = diffusers.UNet2DModel(
+        sample_size=32,
+        block_out_channels=config.channels,
+        layers_per_block=config.blocks,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=None,
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        norm_eps=config.eps,
+    )
+    _filled(theirs, renamed(ours.state_dict(), pixel_unet.lines(config), OURS, DIFFUSERS, "here"))
+    x, t = torch.randn(2, 3, 32, 32), torch.tensor([900.0, 10.0])
+    return (
+        lambda: ours(x.to(_kind(ours)), t),
+        lambda: theirs(x.to(_kind(theirs)), t).sample,
+        ours,
+        theirs,
+    )
+
+
+PAIRS = {"dit-s/2": dit_s2, "unet": unet, "ddpm": ddpm}
+LOADING = "loading"
+PROCESSES = 5  # whose peaks are measured, one after the other
 
 
 def _kind(net: nn.Module) -> torch.dtype:
@@ -178,6 +212,11 @@ def load_peak(folder: str) -> float:
     return (_status("VmHWM") - before) / 1e3
 
 
+def _middle_peak(name: str, kind: str, which: int) -> float:
+    """The middle of several processes' peaks, which differ by what the allocator happens to keep."""
+    return sorted(_apart("peak", name, kind, str(which)) for _ in range(PROCESSES))[PROCESSES // 2]
+
+
 def _apart(*words: str) -> float:
     """A measurement in a process of its own."""
     said = subprocess.run([sys.executable, __file__, "--inside", *words], check=True, capture_output=True, text=True)
@@ -188,7 +227,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description="Networks against diffusers' own.")
     options.add_argument("--inside", nargs="+", help=argparse.SUPPRESS)
     options.add_argument("--rounds", type=int, default=9)
-    options.add_argument("--only", choices=PAIRS, nargs="+", default=list(PAIRS))
+    options.add_argument("--only", choices=[*PAIRS, LOADING], nargs="+", default=[*PAIRS, LOADING])
     options.add_argument("--results", type=Path, default=HERE / "results" / "networks.json")
     options.add_argument("--json", action="store_true", help="print one JSON object")
     chosen = options.parse_args()
@@ -196,15 +235,18 @@ def main() -> None:
         what, *rest = chosen.inside
         print(load_peak(*rest) if what == "load" else peak(rest[0], rest[1], int(rest[2])))
         return
-    rows: dict[str, Any] = {"machine": machine(), "threads": torch.get_num_threads(), "networks": {}}
-    for name in chosen.only:
+    rows: dict[str, Any] = {"machine": machine(), "networks": {}}
+    if set(chosen.only) != {*PAIRS, LOADING} and chosen.results.is_file():
+        rows = {**json.loads(chosen.results.read_text(encoding="utf-8")), "machine": machine()}
+    for name in (one for one in PAIRS if one in chosen.only):
         for kind in DTYPES:
-            row = compared(name, kind, chosen.rounds)
-            row["memory"] = round(_apart("peak", name, kind, "0") / _apart("peak", name, kind, "1"), 3)
+            row: dict[str, Any] = {"threads": torch.get_num_threads(), **compared(name, kind, chosen.rounds)}
+            row["memory"] = round(_middle_peak(name, kind, 0) / _middle_peak(name, kind, 1), 3)
             rows["networks"][f"{name} {kind}"] = row
             print(f"{name} {kind}: {row}", file=sys.stderr)
-    with tempfile.TemporaryDirectory() as place:
-        rows["loading"] = loading(Path(place))
+    if LOADING in chosen.only:
+        with tempfile.TemporaryDirectory() as place:
+            rows["loading"] = loading(Path(place))
     write_atomic(chosen.results, json.dumps(rows, indent=1) + "\n")
     if chosen.json:
         print(json.dumps(rows))

@@ -27,14 +27,15 @@ DIT_XL = (
 # Weights that learn: those of the published files, or of the paper, whose third figure they have.
 PUBLISHED = {
     "ddpm-cifar10": 35_746_307,  # of google/ddpm-cifar10-32
-    "adm-imagenet-256": 553_838_086 - 3 * (256 * 9 + 1),  # of OpenAI's file, without its learned variance
-    "dit-xl-2-256": 675_129_632 - 256 * 1152 - 16 * 1153,  # of DiT's own, without the table of positions and variance
-    "sit-xl-2-256": 675_129_632 - 256 * 1152 - 16 * 1153,
-    "pixart-alpha-1": 675_129_632 - 256 * 1152 - 16 * 1153,
-    "pixart-alpha-2": 611_329_168,  # "0.6 B"
-    "pixart-alpha-3": 611_329_168,  # of pixart-alpha-2, from which it starts
+    "adm-imagenet-256": 553_838_086,  # of OpenAI's file
+    "dit-xl-2-256": 675_129_632 - 256 * 1152,  # of DiT's own, without the table of positions
+    "sit-xl-2-256": 675_129_632 - 256 * 1152 - 16 * 1153,  # without the half of the last layer that it never reads
+    "pixart-alpha-1": 675_129_632 - 256 * 1152,
+    "pixart-alpha-2": 611_329_168 + 16 * 1153,  # "0.6 B"
+    "pixart-alpha-3": 611_329_168 + 16 * 1153,  # of pixart-alpha-2, from which it starts
     "stable-diffusion-15": 859_520_964,
     "sdxl": 2_567_463_684,
+    "sdxl-refiner": 2_259_526_660,  # of diffusers' network of the published config
     "autoencoder-kl-f8": 83_653_863 + 2_765_633,  # of the published file, and of an adversary of three layers
 }
 

@@ -84,6 +84,31 @@ def test_each_prompt_may_have_its_own_picture_in_any_batch(pipe: Pipeline) -> No
     assert np.abs(whole.astype(int) - parts.astype(int)).max() <= 1
 
 
+def test_from_a_step_of_its_own_walk_a_model_ends_where_it_would_have(pipe: Pipeline) -> None:
+    """Of several pictures, from every step but the last; the prompt may change on the way."""
+    settings = {"sampler": "ddim", "steps": 6, "seeds": 3}
+    prompts = ["a red circle", None]
+    *steps, last = pipe.steps(prompts, **settings)
+    whole = pipe.sample(prompts, **settings).images
+    for step in steps:
+        drawn = pipe.sample(prompts, image=step, batch=1, **settings)
+        assert np.abs(drawn.images.astype(int) - whole).max() <= 1
+        assert drawn.settings[0]["begun_at"] == step.t
+    other = pipe.sample(prompts[::-1], image=steps[1], **settings).images
+    assert (other != whole).any()
+    with pytest.raises(ConfigError, match="nothing follows"):
+        pipe.sample(prompts, image=last, **settings)
+    with pytest.raises(ConfigError, match="says where to begin"):
+        pipe.sample(prompts, image=steps[1], strength=0.5, **settings)
+
+
+def test_encoded_pictures_are_what_their_pictures_are(pipe: Pipeline) -> None:
+    x0 = pipe.model.codec.encode(torch.from_numpy(PICTURE).permute(2, 0, 1)[None].float() / 127.5 - 1)
+    settings = {"strength": 0.5, "steps": 4, "seeds": 3}
+    one, two = (pipe.sample(["a red circle"] * 2, image=image, **settings).images for image in (PICTURE, x0))
+    assert np.abs(one.astype(int) - two).max() <= 1
+
+
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [

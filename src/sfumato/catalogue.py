@@ -112,6 +112,7 @@ COUPLINGS = {
 }
 OBJECTIVES = {
     "denoising": "sfumato.objectives.denoising:Denoising",
+    "hybrid": "sfumato.objectives.hybrid:Hybrid",
     "vdm": "sfumato.objectives.vdm:VDM",
     "autoencoder": "sfumato.objectives.autoencoding:Autoencoding",
     "guidance": "sfumato.objectives.guidance:GuidanceDistillation",
@@ -297,6 +298,7 @@ FAMILIES = {
     "stable_diffusion": "sfumato.io.families.stable_diffusion:StableDiffusion",
     "flux": "sfumato.io.families.flux1:Flux1",
     "sdxl": "sfumato.io.families.sdxl:SDXL",
+    "sdxl_refiner": "sfumato.io.families.sdxl:SDXLRefiner",
     "stable_diffusion_3": "sfumato.io.families.stable_diffusion_3:StableDiffusion3",
     "dit": "sfumato.io.families.dit:DiTFamily",
     "pixart": "sfumato.io.families.pixart:PixArt",

@@ -37,6 +37,7 @@ class Conditioner(nn.Module):
     channels: of maps that stand beside x_t. pictures: those of the fields that hold pictures.
     unlabelled: whether "no class" is one, too, where there are classes.
     kept: those of the fields that tell of the picture and not of what it shows, and so stay where nothing is said.
+    against: fields that are usual in what is steered away from, where a prompt for that is said.
     notes: what a person should know of the data that it was prepared for.
     """
 
@@ -44,6 +45,7 @@ class Conditioner(nn.Module):
     kept: tuple[str, ...] = ()
     pictures: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    against: Mapping[str, object] = {}
     context_dim = pooled_dim = classes = channels = 0
     unlabelled = True
 
@@ -256,6 +258,7 @@ class Joined(Conditioner):
     channels = property(lambda self: sum(part.channels for part in self.parts))  # type: ignore[assignment]
     context_dim = property(lambda self: max(part.context_dim for part in self.parts))  # type: ignore[assignment]
     pooled_dim = property(lambda self: max(part.pooled_dim for part in self.parts))  # type: ignore[assignment]
+    against = property(lambda self: {k: v for part in self.parts for k, v in part.against.items()})  # type: ignore[assignment]
     classes = property(lambda self: max(part.classes for part in self.parts))  # type: ignore[assignment]
     unlabelled = property(lambda self: all(part.unlabelled for part in self.parts))  # type: ignore[assignment]
     notes = property(lambda self: tuple(note for part in self.parts for note in part.notes))  # type: ignore[assignment]

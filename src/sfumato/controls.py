@@ -18,7 +18,7 @@ from sfumato.data.picture import Image
 from sfumato.errors import ConfigError
 from sfumato.guidance import Branch, Guidance
 from sfumato.guidance.core import ALWAYS, Interval, check_interval, within
-from sfumato.image_conditions import encoded
+from sfumato.image_conditions import encoded, stretched
 from sfumato.nets.controlled import HINT, MODE, SCALE
 from sfumato.nets.controlled import Control as AnyControl
 from sfumato.paths import Path
@@ -60,7 +60,8 @@ class Control:
         if getattr(net.config, "extra", 0):
             raise ConfigError("a control that is told a mask is not known here", where="control", seen=self.name)
         with torch.inference_mode():
-            return encoded(2 * pixels - 1, codec, shifted=not getattr(net.config, "unpooled", False))
+            values = stretched(pixels) if getattr(net.config, "stretched", False) else 2 * pixels - 1
+            return encoded(values, codec, shifted=not getattr(net.config, "unpooled", False))
 
 
 def controls_of(asked: Mapping[str, Any] | None, n: int, size: tuple[int, int]) -> list[Control]:

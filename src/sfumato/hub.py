@@ -6,9 +6,12 @@ fetched: descriptions, tokenizers, and of weights the copy that is chosen in `sf
 means the hub. Nothing here needs torch.
 """
 
+import contextlib
 import json
 import re
-from collections.abc import Collection, Mapping
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ NAME = r"[A-Za-z0-9][\w.-]{0,95}"
 PLACE = re.compile(rf"(?P<repo>{NAME}/{NAME})(@(?P<revision>[^/@]+))?(/(?P<inside>.+))?")
 HERE = ("runs", "models")  # where people keep theirs: a name that begins so is one of a folder
 OWN, INDEX, CONFIG = "model.json", "model_index.json", "config.json"
+DESCRIPTIONS = (OWN, INDEX, CONFIG, stored.PEFT, "scheduler_config.json")  # of the models themselves
 KEPT = (".json", ".txt", ".model")  # beside weights: descriptions, and tokenizers
 UNREAD = ("safety_checker",)  # parts of pipelines that nothing here reads
 UNSEEN = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".md")
@@ -74,20 +78,81 @@ def located(path: str | Path, parts: Collection[str] = ()) -> Path:
     if place is None:
         return Path(path).expanduser()
     library = library_for(place)
+    listed = _listed(place, library)
+    if isinstance(listed, Exception):
+        return _cached(place, library, listed)
+    wanted = _beneath(place, listed)
+    root = _fetch(place, _above(place, needed(wanted, _index(place, wanted, library), str(place), parts)), library)
+    return _entry(root, place, wanted)
+
+
+def _listed(place: Place, library: Any) -> list[str] | Exception:
+    """The files of a repository, or why the hub could not be asked."""
     try:
         said = library.HfApi().model_info(place.repo, revision=place.revision)
     except Exception as error:  # which ones depends on the library's version, and on its own libraries
         if (ours := _refusal(place, error, library)) is not None:
             raise ours from None
-        return _cached(place, library, error)
-    names = [one.rfilename for one in said.siblings or ()]
-    wanted = _beneath(place, names)
-    index = None
-    if INDEX in wanted:
-        inside = f"{place.inside}/{INDEX}" if place.inside else INDEX
-        index = _json(_fetch(place, [inside], library) / inside)
-    root = _fetch(place, _above(place, needed(wanted, index, str(place), parts)), library)
-    return _entry(root, place, wanted)
+        return error
+    return [one.rfilename for one in said.siblings or ()]
+
+
+def _index(place: Place, wanted: Collection[str], library: Any) -> dict[str, Any] | None:
+    if INDEX not in wanted:
+        return None
+    inside = f"{place.inside}/{INDEX}" if place.inside else INDEX
+    return _json(_fetch(place, [inside], library) / inside)
+
+
+@contextlib.contextmanager
+def sketched(path: str | Path) -> Iterator[tuple[Path, bool]]:
+    """As `located`, without fetching a weight: the file or folder, and whether it is a sketch.
+
+    In a sketch descriptions are what they are, and a file of weights is what its header says, as JSON: names with
+    `dtype` and `shape`, and `__metadata__`; of pickles, which have no header, nothing. Other files are there and empty.
+    What cannot be asked for is read from the cache, where it is whole. A sketch is gone when the context is left.
+    """
+    place = place_of(path)
+    if place is None:
+        yield Path(path).expanduser(), False
+        return
+    library = library_for(place)
+    listed = _listed(place, library)
+    if isinstance(listed, Exception):
+        yield _cached(place, library, listed), False
+        return
+    wanted = _beneath(place, listed)
+    names = _above(place, needed(wanted, _index(place, wanted, library), str(place)))
+    said = [name for name in names if name.rpartition("/")[2] in DESCRIPTIONS or stored.is_index(name)]
+    root = _fetch(place, said, library) if said else None
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            there = Path(folder) / name
+            there.parent.mkdir(parents=True, exist_ok=True)
+            if name in said and root is not None:
+                shutil.copyfile(root / name, there)
+            elif name.endswith(stored.FILES):
+                told = {} if name.endswith(stored.PICKLES) else _header(place, name, library)
+                there.write_text(json.dumps(told), encoding="utf-8")
+            else:
+                there.touch()
+        yield _entry(Path(folder), place, wanted), True
+
+
+def _header(place: Place, name: str, library: Any) -> dict[str, Any]:
+    """What a file of safetensors says of itself at its beginning, which is all that is fetched."""
+    try:
+        found = library.HfApi().parse_safetensors_file_metadata(place.repo, name, revision=place.revision)
+    except Exception as error:
+        if (ours := _refusal(place, error, library)) is not None:
+            raise ours from None
+        seen = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        if isinstance(error, library.errors.SafetensorsParsingError):
+            raise CheckpointError("weights cannot be read", where=f"{place.repo}/{name}", seen=seen) from None
+        what, fix = "the hub cannot be reached any more", f"hf download {place.repo}"
+        raise MachineError(what, where=f"{place.repo}/{name}", seen=seen, fix=fix) from None
+    told = {key: {"dtype": str(one.dtype), "shape": list(one.shape)} for key, one in found.tensors.items()}
+    return {"__metadata__": dict(found.metadata or {}), **told}
 
 
 def library_for(place: Place) -> Any:

@@ -271,12 +271,18 @@ class Hint(OfPictures):
     and hint_scale (B,) where some have none.
 
     through: "pixels" for controls of U-Nets; "codec" for those of transformers, "unshifted" for such as have latents
-    without the codec's shift. It stays where guidance compares with no condition, as published controls are used.
+    without the codec's shift, "stretched" for such as were trained on 127.5 x + 0.5 of pixels x in [0, 1]. It stays
+    where guidance compares with no condition, as published controls are used.
     """
 
-    def __init__(self, *, field: str = "control", through: Literal["pixels", "codec", "unshifted"] = "pixels") -> None:
+    def __init__(
+        self,
+        *,
+        field: str = "control",
+        through: Literal["pixels", "codec", "unshifted", "stretched"] = "pixels",
+    ) -> None:
         super().__init__(field, kept=True)
-        if through not in ("pixels", "codec", "unshifted"):
+        if through not in ("pixels", "codec", "unshifted", "stretched"):
             where = "model.conditioner.through"
             raise ConfigError("a picture comes in no such way", where=where, seen=through, fix="pixels")
         self.field, self.through = field, through
@@ -288,7 +294,8 @@ class Hint(OfPictures):
             return {}
         blank = np.zeros_like(there[0])
         pixels = self.stacked([blank if image is None else image for image in found], self.field)
-        hint = pixels if self.through == "pixels" else self.encoded(2 * pixels - 1, self.through == "codec")
+        values = stretched(pixels) if self.through == "stretched" else 2 * pixels - 1
+        hint = pixels if self.through == "pixels" else self.encoded(values, self.through != "unshifted")
         if len(there) == len(raw):
             return {HINT: hint}
         return {HINT: hint, SCALE: torch.tensor([float(image is not None) for image in found]).to(pixels.device)}
@@ -298,6 +305,11 @@ def factor_of(codec: Codec) -> int:
     """Pixels a side of a place of a codec's maps."""
     side = 1024  # a multiple of all
     return side // codec.shape(side, side)[1]
+
+
+def stretched(pixels: Tensor) -> Tensor:
+    """Pixels in [0, 1] as Stability AI's control for edges was trained on them, far outside of what codecs are for."""
+    return 127.5 * pixels + 0.5
 
 
 def encoded(pixels: Tensor, codec: Codec, *, shifted: bool = True) -> Tensor:

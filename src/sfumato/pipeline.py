@@ -163,7 +163,8 @@ class Pipeline:
         picture, or a first one to count from (0). size: (height, width), where the network can. batch: pictures at a
         time. negative: what to steer away from. interval: noise levels (low, high] within which to guide; (0, None) is
         all. image, strength, mask: a picture to start from, the share of the steps to make, and what of it may change
-        (white), see `sfumato.starts.begin`; a model made for inpainting is told both.
+        (white), see `sfumato.starts.begin`, which also takes encoded pictures and a `Step` of another model; a model
+        made for inpainting is told picture and mask.
         control: by name or path of a ControlNet its picture, or {"image": ..., "scale": 1.0, "interval": (0, None),
         "mode": ...}, an interval of noise levels, and of a control of several kinds which; see `controls`.
         progress: called with the steps done, and all.
@@ -254,7 +255,7 @@ class Pipeline:
         patch = int(getattr(getattr(self.model.net, "config", None), "patch", 1))
         grid = fitted_grid(order.settings.grid, height, width, patch)
         times: Tensor = build(grid, "Grid")(self.model.denoiser.path, n)
-        return times if order.begin is None else times[n - max(1, round(n * order.begin.strength)) :]
+        return times if order.begin is None else order.begin.times(times)
 
     def _walk(self, order: Order, times: Tensor) -> Iterator[Step]:
         """The sampling of one batch."""
@@ -308,6 +309,11 @@ class Pipeline:
             return x * _spread(path, times[0]), None
         with torch.inference_mode():
             known = order.begin.encoded(self.model.codec, self.device)
+            if known.shape != x.shape:
+                seen = f"{list(known.shape)}, where this model's are {list(x.shape)}"
+                raise ConfigError("encoded pictures of another shape", where="image", seen=seen, fix="size=(H, W)")
+            if order.begin.time is not None:
+                return known, known
             return noised(path, known, x, times[0].to("cpu", torch.float64)).to(x), known
 
     def _steered(self, controls: Sequence[Control], guide: Guidance) -> tuple[Callable[..., Tensor], Guidance]:
@@ -392,6 +398,8 @@ class Pipeline:
         raw = raws_of(prompts, self.reader)
         against = None if negative is None else raw_of(negative, self.reader)
         if self.model.conditioner is not None:
+            if against and ENCODED not in against:
+                against = {**self.model.conditioner.against, **against}
             self.model.conditioner.check(raw if against is None else [*raw, against])
         elif changes.get("guidance") not in (None, 1) and not any(ENCODED in one for one in raw):
             what = "a model without conditions has nothing to be guided by"
@@ -431,7 +439,9 @@ class Pipeline:
         if order.negative is not None and spoken(order.negative).keys() - {"caption"}:
             said["negative_fields"] = {name: recorded(value) for name, value in spoken(order.negative).items()}
         if order.begin is not None:
-            said |= {"strength": order.begin.strength, "masked": order.begin.mask is not None}
+            gone_on = order.begin.time is not None
+            said |= {"begun_at": order.begin.time} if gone_on else {"strength": order.begin.strength}
+            said |= {"masked": order.begin.mask is not None}
         if order.controls:
             said["control"] = [one.plain(i) for one in order.controls]
         if self._loras is not None and (at_work := self._loras.at_work):

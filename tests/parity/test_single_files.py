@@ -2,17 +2,21 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.clip import encoder
 from tests.parity import test_sdxl, test_stable_diffusion
 
 from sfumato import load
 from sfumato.cli import main
 from sfumato.errors import CheckpointError
+from sfumato.io.families import stable_files
+from sfumato.io.families.encoders import SD2
 from sfumato.io.inspect import inspected
 from sfumato.io.published import save_file as write
 
@@ -81,6 +85,58 @@ def test_sdxl(xl: tuple[Any, Path], tmp_path: Path) -> None:
     assert all(torch.equal(value, theirs[key]) for key, value in unet.state_dict().items())
 
 
+@pytest.fixture
+def second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Path]:
+    """A pipeline of version 2, which is known by the width of its words, and whose encoder is read up to a layer."""
+    monkeypatch.setattr(stable_files, "SD2", (replace(SD2[0], layers=2),))
+    options: dict[str, Any] = {"intermediate_size": 24, "num_attention_heads": 16, "hidden_act": "gelu"}
+    text = encoder(2, width=stable_files.OPENCLIP, **options)
+    net = {"attention_head_dim": [2, 4, 6], "use_linear_projection": True, "cross_attention_dim": stable_files.OPENCLIP}
+    made = test_stable_diffusion.pipeline_of(tmp_path / "sd2", "v_prediction", text, net)
+    return made, tmp_path / "sd2" / "whole"
+
+
+def test_version_two(second: tuple[Any, Path], tmp_path: Path, capsys: Any) -> None:
+    """Its files have a layer and a projection that nothing reads: they are left out, and it is said."""
+    pipe, folder = second
+    ours, file = tmp_path / "a", tmp_path / "sd2.safetensors"
+    converted(str(folder), str(ours), "--to", "sfumato")
+    converted(str(ours), str(file), "--to", "single-file")
+    state = load_file(file)
+    prefix = "cond_stage_model.model."
+    assert f"{prefix}transformer.resblocks.1.attn.in_proj_weight" in state and stable_files.version(state) == "sd2"
+    assert (pictures(file, folder) == pictures(folder)).all()
+    read = diffusers.StableDiffusionPipeline.from_single_file(
+        str(file), config=str(folder), local_files_only=True, safety_checker=None
+    )
+    for name in ("unet", "vae", "text_encoder"):
+        expected, found = getattr(pipe, name).state_dict(), getattr(read, name).state_dict()
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[key], value) for key, value in expected.items()), name
+    # As published: one layer more, CLIP's projection and temperature
+    layer = f"{prefix}transformer.resblocks."
+    more = {key.replace(f"{layer}1.", f"{layer}2."): value for key, value in state.items() if f"{layer}1." in key}
+    more |= {f"{prefix}text_projection": torch.randn(1024, 1024), f"{prefix}logit_scale": torch.tensor(4.6)}
+    published = tmp_path / "published.safetensors"
+    save_file({key: value.clone() for key, value in (state | more).items()}, published)
+    assert (pictures(published, folder) == pictures(folder)).all()
+    capsys.readouterr()
+    converted(str(published), str(tmp_path / "there"), "--to", "sfumato", "--parts", str(folder))
+    said = capsys.readouterr().err
+    assert "left out: 14 weights of text encoders that nothing reads" in said and "resblocks.2" in said
+    assert (ours / "model.safetensors").read_bytes() == (tmp_path / "there" / "model.safetensors").read_bytes()
+    converted(str(published), str(tmp_path / "again.safetensors"), "--to", "single-file", "--parts", str(folder))
+    assert (tmp_path / "again.safetensors").read_bytes() == file.read_bytes()
+
+
+def test_version_two_there_and_back(second: tuple[Any, Path], tmp_path: Path) -> None:
+    converted(str(second[1]), str(tmp_path / "a"), "--to", "sfumato")
+    converted(str(tmp_path / "a"), str(tmp_path / "b"), "--to", "diffusers")
+    converted(str(tmp_path / "b"), str(tmp_path / "c"), "--to", "sfumato")
+    contents = test_stable_diffusion.contents
+    assert contents(tmp_path / "a") == contents(tmp_path / "c")
+
+
 def test_what_is_missing_or_odd_is_named(sd: Path, tmp_path: Path) -> None:
     file = tmp_path / "whole.safetensors"
     write(file, load(sd, "cpu").model)
@@ -106,8 +162,6 @@ def test_what_is_missing_or_odd_is_named(sd: Path, tmp_path: Path) -> None:
 
 
 def test_version_two_has_to_say_what_it_predicts(sd: Path, tmp_path: Path) -> None:
-    from sfumato.io.families import stable_files
-
     state = {"cond_stage_model.model.x": torch.zeros(1)}
     state[stable_files.WORDS.format(1)] = torch.zeros(3, 1024)
     assert stable_files.version(state) == "sd2"

@@ -42,12 +42,22 @@ XL = {
     "addition_time_embed_dim": 4,
     "projection_class_embeddings_input_dim": 10 + 6 * 4,
 }
+REFINER = {
+    **XL,
+    "block_out_channels": (16, 32, 48, 48),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": 2,
+    "attention_head_dim": [2, 4, 6, 12],
+    "projection_class_embeddings_input_dim": 10 + 5 * 4,
+}
 KINDS: dict[str, dict[str, Any]] = {
     "sd15": {},
     "sd21": {"attention_head_dim": [2, 4, 6], "use_linear_projection": True},
     "inpainting": {"in_channels": 9},
     "lcm": {"time_cond_proj_dim": 20},
     "sdxl": XL,
+    "sdxl-refiner": REFINER,
 }
 
 
@@ -63,17 +73,18 @@ def peer(kind: str) -> Any:
 
 def heads_of(peer: Any) -> tuple[int, ...]:
     said = peer.config.attention_head_dim
-    return tuple(said) if isinstance(said, (list, tuple)) else (said,) * 3
+    return tuple(said) if isinstance(said, (list, tuple)) else (said,) * len(peer.config.block_out_channels)
 
 
 def answers(peer: Any, ours: StableUNet, kind: str) -> tuple[Tensor, Tensor]:
     rng = torch.Generator().manual_seed(5)
-    x = torch.randn(2, ours.config.in_channels, 8, 12, generator=rng)
+    x = torch.randn(2, ours.config.in_channels, 8, 16, generator=rng)
     t, context = torch.tensor([981, 3]), torch.randn(2, 7, 12, generator=rng)
     told: dict[str, Any] = {}
     own: dict[str, Tensor] = {}
-    if kind == "sdxl":
-        text, sizes = torch.randn(2, 10, generator=rng), torch.tensor([[64.0, 96, 0, 4, 64, 96]] * 2)
+    if kind in ("sdxl", "sdxl-refiner"):
+        text = torch.randn(2, 10, generator=rng)
+        sizes = torch.tensor([[64.0, 96, 0, 4, 64, 96] if kind == "sdxl" else [64.0, 96, 0, 4, 6.0]] * 2)
         told["added_cond_kwargs"] = {"text_embeds": text, "time_ids": sizes}
         own["pooled"] = torch.cat([text, peer.add_time_proj(sizes.flatten()).reshape(2, -1)], 1)
     if kind == "lcm":
@@ -143,21 +154,34 @@ def test_the_original_layout_is_that_which_diffusers_converts(peer: Any, kind: s
             },
             2_567_463_684,
         ),
+        (
+            "sdxl-refiner",  # of the published yaml (sd_xl_refiner.yaml), whose widths diffusers' config has too
+            {
+                **REFINER,
+                "block_out_channels": (384, 768, 1536, 1536),
+                "transformer_layers_per_block": 4,
+                "attention_head_dim": [6, 12, 24, 24],
+                "cross_attention_dim": 1280,
+                "addition_time_embed_dim": 256,
+                "projection_class_embeddings_input_dim": 2560,
+            },
+            None,
+        ),
     ],
 )
-def test_names_shapes_and_counts_at_full_size(name: str, options: dict[str, Any], count: int) -> None:
+def test_names_shapes_and_counts_at_full_size(name: str, options: dict[str, Any], count: int | None) -> None:
     with torch.device("meta"):
         ours, theirs = StableUNet(PRESETS[name]), diffusers.UNet2DConditionModel(**options)
     state = renamed(ours.state_dict(), lines(PRESETS[name]), OURS, DIFFUSERS, "here")
     assert {key: value.shape for key, value in state.items()} == {k: v.shape for k, v in theirs.state_dict().items()}
-    assert sum(p.numel() for p in ours.parameters()) == count
+    assert sum(p.numel() for p in ours.parameters()) == (count or sum(p.numel() for p in theirs.parameters()))
 
 
 # Whole pipelines
 
 
-def pipeline_of(folder: Path, prediction: str) -> Any:
-    words, text = tokenizer(folder / "made"), encoder()
+def pipeline_of(folder: Path, prediction: str, text: Any = None, net: dict[str, Any] | None = None) -> Any:
+    words, text = tokenizer(folder / "made"), text or encoder()
     vae = diffusers.AutoencoderKL(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -174,7 +198,7 @@ def pipeline_of(folder: Path, prediction: str) -> Any:
         steps_offset=1,
         prediction_type=prediction,
     )
-    unet = diffusers.UNet2DConditionModel(**SMALL)
+    unet = diffusers.UNet2DConditionModel(**{**SMALL, **(net or {})})
     made = diffusers.StableDiffusionPipeline(
         randomised(vae, 3),
         randomised(text, 4),

@@ -92,6 +92,9 @@ def test_the_layer_that_stable_diffusion_2_never_reads() -> None:
     }
     config, weights = encoders.read(file, place, "a file")
     assert config["num_hidden_layers"] == 2 and not any("layers.2" in key or "projection" in key for key in weights)
+    left = encoders.unread(file, place)
+    assert len(left) == 12 + 2 and set(left).isdisjoint(encoders.write(weights, place))  # a layer, and the two
+    assert set(left) | set(encoders.write(weights, place)) == set(file)
 
 
 def test_a_first_clip_of_stable_diffusion_3_without_a_projection_has_one_that_does_nothing() -> None:

@@ -25,7 +25,7 @@ def convert(
     json: bool = typer.Option(False, "--json", help="As JSON."),
 ) -> None:
     """Write a model, or an autoencoder that was trained alone, in another layout. Nothing of it is lost: the way back
-    gives the same bytes.
+    gives the same bytes. What others keep in their files and no model reads is left out, and said.
 
     sfumato convert stable-diffusion-v1-5 models/sd15 --to sfumato
     """
@@ -51,8 +51,11 @@ def convert(
     else:
         save_published(target, model, dtype=KINDS[dtype])
     count = sum(value.numel() for value in model.weights().values())
+    left = model.facts.get("left out") if folder.is_file() else None
     if json:
-        as_json({"path": str(target), "layout": to, "dtype": dtype, "weights": count})
+        as_json({"path": str(target), "layout": to, "dtype": dtype, "weights": count, "left_out": left})
         return
     line(target)
     say(f"{count:,} weights as {dtype}, in the layout of {to}")
+    if left:
+        say(f"left out: {left}")

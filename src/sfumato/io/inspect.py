@@ -1,12 +1,13 @@
 """What a file or a folder of weights is, from its descriptions and headers alone: no weight is read.
 
 A safetensors file begins with the names, shapes and kinds of its tensors, which is enough to tell a family, its parts,
-and what is missing. Pickles have no such header; of them the tensors are mapped, and not copied.
+and what is missing. Pickles have no such header; of them the tensors are mapped, and not copied. Of a repository of
+the hub only headers are fetched, and of its pickles nothing.
 """
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sfumato.errors import CheckpointError
-from sfumato.hub import located
+from sfumato.hub import sketched
 from sfumato.io.directory import read_description
 from sfumato.io.families.pixel_unet import is_of_two_axes
 from sfumato.io.family import families
 from sfumato.io.parts import INDEX, part_of
 from sfumato.io.pretrained import read_json, read_state
-from sfumato.stored import FILES, PICKLES
+from sfumato.stored import ADAPTERS, FILES, LORAS, PICKLES
 
 KINDS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "F64": "fp64", "F8_E4M3": "fp8", "F8_E5M2": "fp8"}
 PARTS = {  # of single files: what a part is called, by the beginnings of its names
@@ -78,32 +79,50 @@ def header(file: Path) -> Header:
         raise CheckpointError("weights cannot be read", where=str(file), seen=str(error)) from None
 
 
+def _sketch(file: Path) -> Header:
+    """The same of a file of a sketch, see `sfumato.hub.sketched`."""
+    said = read_json(file)
+    metadata = said.pop("__metadata__", {})
+    shapes = {name: tuple(one["shape"]) for name, one in said.items()}
+    return Header(shapes, {name: KINDS.get(one["dtype"], one["dtype"].lower()) for name, one in said.items()}, metadata)
+
+
+Read = Callable[[Path], Header]
+
+
 def inspected(path: str | Path) -> dict[str, Any]:
     """What lies at a path: its kind, its family, its parts with their sizes, what it predicts, what is missing.
 
     CheckpointError for what is nothing that this library knows.
     """
-    path = located(path)
+    with sketched(path) as (found, is_sketch):
+        where = str(path) if is_sketch else str(found)
+        return {"path": where, **_said(found, _sketch if is_sketch else header, where)}
+
+
+def _said(path: Path, read: Read, where: str) -> dict[str, Any]:
     if path.is_file():
-        return {"path": str(path), **_file(path)}
+        return _file(path, read)
     if (path / INDEX).is_file():
-        return {"path": str(path), **_diffusers(path)}
+        return _diffusers(path, read)
     if (path / "model" / "model.json").is_file():
-        return {"path": str(path), **_own(path / "model"), "run": True}
+        return {**_own(path / "model", read), "run": True}
     if (path / "model.json").is_file():
-        return {"path": str(path), **_own(path)}
+        return _own(path, read)
+    if tuned := [name for name in (*LORAS, *ADAPTERS) if (path / name).is_file()]:
+        return _file(path / tuned[0], read)
     if (path / "config.json").is_file():
         config = read_json(path / "config.json")
         kind = str(config.get("_class_name") or (config.get("architectures") or ["?"])[0])
-        return {"path": str(path), "kind": "part of a pipeline", "class": kind, "parts": {path.name: _part(path)}}
+        return {"kind": "part of a pipeline", "class": kind, "parts": {Path(where).name: _part(path, read)}}
     seen = "no such path" if not path.exists() else ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
     raise CheckpointError(
-        "nothing that is known here", where=str(path), seen=seen, fix="a run, a model, a folder of diffusers, or a file"
+        "nothing that is known here", where=where, seen=seen, fix="a run, a model, a folder of diffusers, or a file"
     )
 
 
-def _own(folder: Path) -> dict[str, Any]:
-    said, found = read_description(folder), header(folder / "model.safetensors")
+def _own(folder: Path, read: Read) -> dict[str, Any]:
+    said, found = read_description(folder), read(folder / "model.safetensors")
     section = said["model"]
     parts = {name.split(".")[0] for name in found.shapes}
     return {
@@ -131,7 +150,7 @@ def _kinds(slot: Any) -> Any:
     return [_kind(one) for one in parts] if parts else _kind(slot)
 
 
-def _diffusers(folder: Path) -> dict[str, Any]:
+def _diffusers(folder: Path, read: Read) -> dict[str, Any]:
     index = read_json(folder / INDEX)
     kind = str(index.get("_class_name"))
     known = {name: family for family, found in families().items() for name in found.pipelines}
@@ -140,7 +159,7 @@ def _diffusers(folder: Path) -> dict[str, Any]:
     alone = (folder / "config.json").is_file()
     missing = [name for name, place in within.items() if place == folder and not alone]
     parts = {
-        name: {"class": index[name][1], **_part(within[name])}
+        name: {"class": index[name][1], **_part(within[name], read)}
         for name in wanted
         if name not in missing and name != "scheduler" and not name.startswith(("tokenizer", "feature_extractor"))
     }
@@ -158,30 +177,36 @@ def _diffusers(folder: Path) -> dict[str, Any]:
     }
 
 
-def _part(folder: Path) -> dict[str, Any]:
+def _part(folder: Path, read: Read) -> dict[str, Any]:
     files = sorted(one for one in folder.iterdir() if one.suffix in FILES)
     chosen = [one for one in files if one.suffix == ".safetensors"] or files
     whole = [one for one in chosen if not any(v in one.name for v in (".fp16.", ".bf16."))] or chosen
     if not whole:
         return {"tensors": 0, "parameters": 0, "dtypes": {}, "missing": "weights"}
-    found = [header(one) for one in whole]
+    found = [read(one) for one in whole]
     merged = Header(
         {name: shape for one in found for name, shape in one.shapes.items()},
         {name: kind for one in found for name, kind in one.kinds.items()},
         {},
     )
-    return {**merged.counted(), "files": [one.name for one in whole]}
+    return {**merged.counted(), **_unread(merged), "files": [one.name for one in whole]}
 
 
-def _file(file: Path) -> dict[str, Any]:
+def _unread(found: Header) -> dict[str, str]:
+    return {} if found.shapes else {"unread": "a pickle has no header to fetch"}
+
+
+def _file(file: Path, read: Read) -> dict[str, Any]:
     if file.suffix not in FILES:
         raise CheckpointError(
             "this is no file of weights", where=str(file), seen=file.suffix or "no suffix", fix=", ".join(FILES)
         )
-    found = header(file)
+    found = read(file)
     if any(".lora_" in name or "lora_down" in name or "lora_A" in name for name in found.shapes):
         return {"kind": "LoRA", **_lora(found), **found.counted()}
-    family = next((name for name, one in families().items() if one.knows(found.shapes.keys())), None)
+    alone = any(name.startswith(("controlnet_", "zero_convs.")) for name in found.shapes)  # a control and no network
+    known = {} if alone else families()
+    family = next((name for name, one in known.items() if one.knows(found.shapes.keys())), None)
     if family == "ddpm" and is_of_two_axes(found.shapes):
         family = "consistency"  # whose files have the same names
     parts = {name: found.under(beginnings) for name, beginnings in PARTS.items()}
@@ -199,6 +224,7 @@ def _file(file: Path) -> dict[str, Any]:
         "prediction": found.metadata.get("modelspec.prediction_type"),
         "parts": {name: part.counted() for name, part in parts.items()},
         **found.counted(),
+        **_unread(found),
         "metadata": dict(found.metadata),
         "missing": missing,
     }
@@ -233,7 +259,7 @@ def as_text(said: Mapping[str, Any]) -> str:
     for name, value in said.items():
         if name == "parts":
             for part, counted in value.items():
-                kinds = ", ".join(counted["dtypes"]) or "no weights"
+                kinds = ", ".join(counted["dtypes"]) or counted.get("unread", "no weights")
                 extra = f" ({counted['class']})" if "class" in counted else ""
                 lines.append(f"  {part}{extra}: {counted['parameters']:,} parameters, {kinds}")
         elif value not in (None, {}, []):

@@ -276,28 +276,37 @@ def _same(one: float, other: float) -> bool:
 # Text encoders
 
 
-def read_text(folder: Path, parts: Sequence[str] = ("text_encoder",)) -> tuple[dict[str, Tensor], dict[str, bytes]]:
+def read_text(
+    folder: Path, parts: Sequence[str] = ("text_encoder",), *, joined: bool = False
+) -> tuple[dict[str, Tensor], dict[str, bytes]]:
     """The text encoders of a folder: their weights, and the files that travel.
 
-    parts: the subfolders. One is read for the conditioner `text`, several, in their order, for `texts`.
+    parts: the subfolders. One is read for the conditioner `text`, several, in their order, for `texts`. joined: one is
+    for `texts` too.
     """
     state: dict[str, Tensor] = {}
     found: dict[str, bytes] = {}
     for i, part in enumerate(parts):
         files = text.files_of(folder, part)
-        state |= _placed(text.read(folder, part, files, read_state(folder / part)), i, len(parts))
+        weights = text.read(folder, part, files, read_state(folder / part))
+        state |= _placed(weights, i, joined or len(parts) > 1)
         found |= files
     return state, found
 
 
-def _placed(weights: Mapping[str, Tensor], i: int, n: int) -> dict[str, Tensor]:
-    """The weights of encoder i of n, by their names in a model."""
-    head = "conditioner.encoder." if n == 1 else f"conditioner.parts.{i}.encoder."
+def _placed(weights: Mapping[str, Tensor], i: int, joined: bool) -> dict[str, Tensor]:
+    """The weights of encoder i, alone or joined with others, by their names in a model."""
+    head = "conditioner.encoder." if not joined else f"conditioner.parts.{i}.encoder."
     return {f"{head}{key}": value for key, value in weights.items()}
 
 
 def read_text_file(
-    state: Mapping[str, Tensor], places: Sequence[encoders.Place], folder: Path | None, where: str
+    state: Mapping[str, Tensor],
+    places: Sequence[encoders.Place],
+    folder: Path | None,
+    where: str,
+    *,
+    joined: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, bytes]]:
     """`read_text` of a single file: the weights from there, their tokenizers from a folder of diffusers.
 
@@ -306,6 +315,7 @@ def read_text_file(
     """
     found: dict[str, Tensor] = {}
     files: dict[str, bytes] = {}
+    joined = joined or len(places) > 1
     for i, place in enumerate(places):
         if folder is None:
             what = "a single file has no tokenizer" if place.within(state) else "this file has no text encoder"
@@ -313,11 +323,11 @@ def read_text_file(
         if not place.within(state):
             weights, mine = read_text(folder, [place.part])
             head = "conditioner.encoder."
-            found |= _placed({key.removeprefix(head): value for key, value in weights.items()}, i, len(places))
+            found |= _placed({key.removeprefix(head): value for key, value in weights.items()}, i, joined)
             files |= mine
             continue
         config, weights = encoders.read(state, place, where)
-        found |= _placed(text.own_names(weights, place.kind), i, len(places))
+        found |= _placed(text.own_names(weights, place.kind), i, joined)
         told = folder / place.part / "config.json"  # knows the heads and the activation, which shapes do not tell
         files[text.config_name(place.part)] = (
             told.read_bytes() if told.is_file() else json.dumps(config, indent=2).encode()

@@ -23,13 +23,15 @@ class MMDiTControlConfig:
 
     net: that of the MMDiT, with the control's own depth; without `context_dim` it does not see the prompt's words.
     extra: channels of the picture beyond those of latents (a mask). unpooled: it is not told the pooled prompt, and its
-    picture is encoded without a shift. shares: x_t comes in through the network's own way.
+    picture is encoded without a shift. shares: x_t comes in through the network's own way. stretched: its picture, x in
+    [0, 1], is encoded as 127.5 x + 0.5, as that of the published control for edges.
     """
 
     net: MMDiTConfig
     extra: int = 0
     unpooled: bool = False
     shares: bool = False
+    stretched: bool = False
 
     latents: ClassVar[bool] = True  # it reads encoded pictures
     colours: ClassVar[int] = 3

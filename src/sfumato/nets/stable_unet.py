@@ -64,11 +64,20 @@ PRESETS = {
     "sd15-lcm": StableUNetConfig(size=96, guidance_dim=256),
     "sd21": StableUNetConfig(size=96, heads=(5, 10, 20, 20), context_dim=1024, linear=True),
     "sdxl": _XL,
+    "sdxl-refiner": replace(
+        _XL,
+        channels=(384, 768, 1536, 1536),
+        depths=(0, 4, 4, 0),
+        middle=4,
+        heads=(6, 12, 24, 24),
+        context_dim=1280,
+        pooled_dim=2560,
+    ),
 }
 
 
 def preset(name: str, **changes: object) -> StableUNetConfig:
-    """A published shape, with changes: "sd15", "sd21", "sdxl", "sd15-inpainting", "sd15-lcm"."""
+    """A published shape, with changes: "sd15", "sd21", "sdxl", "sdxl-refiner", "sd15-inpainting", "sd15-lcm"."""
     if name not in PRESETS:
         raise ConfigError("no such preset", where="preset", seen=name, fix=", ".join(PRESETS))
     return replace(PRESETS[name], **changes)  # type: ignore[arg-type]

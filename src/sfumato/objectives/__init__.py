@@ -8,6 +8,7 @@ from sfumato.objectives.consistency import ConsistencyDistillation, ConsistencyT
 from sfumato.objectives.continuous_consistency import ContinuousConsistency
 from sfumato.objectives.denoising import Denoising, Loss, Objective
 from sfumato.objectives.distribution import DistributionMatching
+from sfumato.objectives.hybrid import Hybrid
 from sfumato.objectives.improved_consistency import EasyConsistencyTraining, ImprovedConsistencyTraining
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Denoising",
     "DistributionMatching",
     "EasyConsistencyTraining",
+    "Hybrid",
     "ImprovedConsistencyTraining",
     "Loss",
     "Objective",

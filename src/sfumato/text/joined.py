@@ -4,9 +4,11 @@ SDXL sets the states of two CLIPs side by side in channels and is told the secon
 Stable Diffusion 3 fills those up to T5's width, lets T5's states follow them, and pools both CLIPs (Esser et al. 2024);
 FLUX attends to T5 and is told CLIP's pooled state. SDXL is also told how large the picture was before it was made
 smaller, where it was cut, and how large it is to be: six numbers, each as a sinusoid behind the pooled states, so that
-small and badly cut pictures could be trained on without being imitated.
+small and badly cut pictures could be trained on without being imitated. Its refiner is told an aesthetic score in place
+of the size to be: a high one of what is asked for, a low one of what is steered away from.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -16,12 +18,14 @@ from torch import Tensor, nn
 
 from sfumato.conditioners import SIZE, Conditioner, Raw, Source, captions_of, pair_of
 from sfumato.denoiser import MASK, Cond
-from sfumato.errors import ConfigError
+from sfumato.errors import ConfigError, DataError
 from sfumato.nets.layers import sinusoid
 from sfumato.text.encoder import Text, too_long
 
-ORIGINAL, CROP, TARGET = SIZE, "crop", "target_size"
+ORIGINAL, CROP, TARGET, SCORE = SIZE, "crop", "target_size", "aesthetic_score"
 SIZES = (ORIGINAL, CROP, TARGET)
+SCORED = (ORIGINAL, CROP, SCORE)
+HIGH, LOW = 6.0, 2.5  # the scores of what is asked for and of what is steered away from, unless they are said
 WAVES = 256  # the width of one number's sinusoid
 WORDS = 256  # pieces that Stable Diffusion 3 has from T5
 
@@ -37,7 +41,8 @@ class Texts(Conditioner):
     zeros: the null condition is nothing but zeros, rather than the empty prompt; one that is said is still read.
     sizes: pooled is followed by sinusoids of original_size (height, width), crop (top, left) and target_size (height,
     width) in pixels, raw fields all of them, which default to an uncut picture of the model's size; waves: the width of
-    one number's sinusoid.
+    one number's sinusoid. score: aesthetic_score stands in target_size's place, a number from 0 to 10 or so: 6 unless
+    it is said, and 2.5 where no prompt is, or one to steer away from (SDXL's refiner).
     A prompt may be longer than some encoders read, which then read its beginning, but not longer than all do.
     """
 
@@ -50,15 +55,22 @@ class Texts(Conditioner):
         width: int = 4096,
         zeros: bool = False,
         sizes: bool = False,
+        score: bool = False,
         waves: int = WAVES,
     ) -> None:
         super().__init__()
         texts = [part for part in parts if isinstance(part, Text)]
         _checked(parts, texts, join)
+        if score and not sizes:
+            fix = "model.conditioner.sizes=true"
+            raise ConfigError("a score stands behind sizes", where="model.conditioner.score", seen="none", fix=fix)
         self.parts = nn.ModuleList(texts)
         self.join, self.weights, self.width, self.zeros, self.sizes = join, weights, width, zeros, sizes
-        self.fields = tuple(dict.fromkeys(field for part in texts for field in part.fields)) + (SIZES if sizes else ())
-        self.kept = SIZES if sizes else ()
+        self.score = score
+        self.numbers: tuple[str, ...] = (SCORED if score else SIZES) if sizes else ()
+        self.fields = tuple(dict.fromkeys(field for part in texts for field in part.fields)) + self.numbers
+        self.kept = tuple(name for name in self.numbers if name != SCORE)
+        self.against = {SCORE: LOW} if score else {}
         self.waves, self.size = waves, (0, 0)
 
     def forward(self, raw: Sequence[Raw]) -> Cond:
@@ -104,12 +116,27 @@ class Texts(Conditioner):
         return {"context": conds[-1]["context"], "pooled": conds[0]["pooled"]} | _mask(conds[-1])
 
     def _numbers(self, raw: Raw) -> list[float]:
-        """The original size, the corner and the size to be, six numbers."""
+        """The original size, the corner and the size to be, six numbers; or five, with a score."""
         defaults = {ORIGINAL: self.size, CROP: (0, 0), TARGET: self.size}
-        return [float(n) for name in SIZES for n in pair_of(raw.get(name) or defaults[name], name)]
+        pairs = [name for name in self.numbers if name != SCORE]
+        found = [float(n) for name in pairs for n in pair_of(raw.get(name) or defaults[name], name)]
+        return [*found, self._score(raw)] if SCORE in self.numbers else found
+
+    def _score(self, raw: Raw) -> float:
+        told = raw.get(SCORE)
+        if told is None:
+            return HIGH if any(part.said(raw) is not None for part in self.texts) else LOW
+        try:
+            score = float(str(told))  # the command line gives text
+        except ValueError:
+            score = math.nan
+        if not math.isfinite(score):
+            raise DataError("a score is a number", where=SCORE, seen=repr(told), fix=str(HIGH))
+        return score
 
     def sized(self, raw: Sequence[Raw], size: tuple[int, int]) -> list[Raw]:
-        return [{ORIGINAL: size, TARGET: size, **one} for one in raw] if self.sizes else list(raw)
+        told = {name: size for name in (ORIGINAL, TARGET) if name in self.numbers}
+        return [{**told, **one} for one in raw]
 
     def change(self, **options: Any) -> None:
         if options.get("chunks") not in (None, 1) and self.join != "channels":
@@ -173,7 +200,7 @@ class Texts(Conditioner):
         if self.join == "sd3" and sum(widths[:2]) > self.context_dim:
             seen = f"{widths[0]} and {widths[1]} into {self.context_dim}"
             raise ConfigError("two encoders are wider than the third", where="model.conditioner.width", seen=seen)
-        self.pooled_dim += 2 * len(SIZES) * self.waves if self.sizes else 0
+        self.pooled_dim += (2 * len(self.numbers) - (SCORE in self.numbers)) * self.waves
 
 
 def _emptied(value: Tensor, said: Sequence[bool]) -> Tensor:

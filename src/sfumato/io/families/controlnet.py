@@ -119,7 +119,8 @@ def read_control(path: str | Path) -> Control:
     state = {key: value.float() for key, value in read_state(path).items()}
     if (kind := transformer_controls.kind_of(state)) is not None:
         shape = transformer_controls.config_of(kind, state, str(path), told)
-        named = renamed(state, transformer_controls.lines(shape), DIFFUSERS, OURS, str(path))
+        layout, state = transformer_controls.layout_of(kind, state), transformer_controls.weights(kind, state)
+        named = renamed(state, transformer_controls.lines(shape), layout, OURS, str(path))
         return _filled(transformer_controls.class_of(shape), shape, named, str(path))
     if any(key.startswith(PREFIX) for key in state):
         state = {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
@@ -176,6 +177,8 @@ def hint_of(config: ControlConfig, field: str = "control") -> dict[str, Any]:
     told: dict[str, Any] = {"kind": "hint", "field": field}
     if not config.latents:
         return told
+    if getattr(config, "stretched", False):
+        return {**told, "through": "stretched"}
     return {**told, "through": "unshifted" if getattr(config, "unpooled", False) else "codec"}
 
 
@@ -224,8 +227,10 @@ def write_control(folder: Path, control: Control, dtype: torch.dtype) -> None:
     shared.write_part(folder / shared.WEIGHTS, state, dtype)
 
 
-def original(control: ControlNet) -> dict[str, Tensor]:
-    """The weights as the original file names them."""
+def original(control: Control) -> dict[str, Tensor]:
+    """The weights as the original file names them. ConfigError for those whose publishers have no such file."""
+    if not isinstance(control, ControlNet):
+        return transformer_controls.original(control)
     state = renamed(control.state_dict(), lines(control.config), OURS, ORIGINAL, "control")
     return {f"{PREFIX}{key}": value for key, value in state.items()}
 

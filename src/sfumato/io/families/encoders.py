@@ -107,6 +107,23 @@ def read(state: Mapping[str, Tensor], place: Place, where: str) -> tuple[dict[st
         raise CheckpointError("a text encoder's weight is missing", where=where, seen=str(error)) from None
 
 
+def unread(state: Mapping[str, Tensor], place: Place) -> list[str]:
+    """The weights of an encoder in an original file that no diffusion model reads, and that `read` leaves out.
+
+    Stable Diffusion 2 takes the states before OpenCLIP's last layer, and no pooled state: its files have that layer and
+    the projection all the same. The temperature of CLIP's own training is of use to nobody.
+    """
+    found = [key.removeprefix(place.prefix) for key in state if key.startswith(place.prefix)]
+    if place.kind == T5:
+        return []
+    dead = ("logit_scale", "text_projection", "text_projection.weight") if place.kind == CLIP else ("logit_scale",)
+    out = [key for key in found if key in dead]
+    if place.layout == ORIGINAL and place.layers:
+        layers = [key for key in found if key.startswith("transformer.resblocks.")]
+        out += [key for key in layers if int(key.split(".")[2]) >= place.layers]
+    return [f"{place.prefix}{key}" for key in sorted(out)]
+
+
 def write(state: Mapping[str, Tensor], place: Place) -> dict[str, Tensor]:
     """The inverse: weights as `transformers` names them, by their names in the original file."""
     if place.layout == ORIGINAL:

@@ -1,6 +1,10 @@
-"""SDXL as diffusers keeps it: a U-Net told by two CLIPs, a pooled state, and the picture's sizes (Podell et al.)."""
+"""SDXL and its refiner as diffusers keeps them: U-Nets told prompts, a pooled state, and numbers (Podell et al. 2024).
 
-from collections.abc import Collection, Mapping
+The base model reads two CLIPs and is told six sizes. The refiner was trained on little noise alone, reads the second
+CLIP only, and is told an aesthetic score in place of the last size; it goes on where the base model stops.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +15,6 @@ from sfumato.codecs import Latents
 from sfumato.errors import CheckpointError
 from sfumato.io import parts as shared
 from sfumato.io.families import stable_files
-from sfumato.io.families.encoders import SDXL as PLACES
-from sfumato.io.families.encoders import SDXL_REFINER
 from sfumato.io.families.stable_diffusion import read_unet, write_unet
 from sfumato.io.family import Published
 from sfumato.io.pretrained import read_json
@@ -22,21 +24,26 @@ from sfumato.paths import Tabulated
 from sfumato.text import Texts
 
 ENCODERS = ("text_encoder", "text_encoder_2")
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+SCORED = "requires_aesthetics_score"
+SAMPLING: dict[str, Any] = {"steps": 50, "guidance": 5.0}
 
 
 class SDXL:
-    """The family. See `sfumato.io.family.Family`. The refiner, which has other conditions, is refused."""
+    """The base model's family. See `sfumato.io.family.Family`."""
 
-    pipelines = ("StableDiffusionXLPipeline",)
+    pipelines: tuple[str, ...] = ("StableDiffusionXLPipeline",)
+    kind = "xl"  # of its single files
+    encoders: tuple[str, ...] = ENCODERS
 
     def read_folder(self, folder: Path, index: Mapping[str, Any]) -> Published:
-        if any(not any(index.get(part) or [None]) for part in ENCODERS):
-            seen = "one text encoder"
-            raise CheckpointError("this is not SDXL's base model (the refiner, say)", where=str(folder), seen=seen)
+        found = [part for part in ENCODERS if any(index.get(part) or [None])]
+        if ENCODERS[-1] not in found:
+            raise CheckpointError("this pipeline lacks its text encoder", where=str(folder), seen=ENCODERS[-1])
         path, prediction, sampling = shared.read_table(folder)
         net_slot, net = read_unet(folder / "unet")
         codec, autoencoder, factor = shared.read_vae(folder / "vae")
-        text, files = shared.read_text(folder, ENCODERS)
+        text, files = shared.read_text(folder, found, joined=True)
         section = {
             "path": path,
             "prediction": prediction,
@@ -44,14 +51,11 @@ class SDXL:
             "scale_input": None,
             "net": net_slot,
             "codec": codec,
-            "conditioner": conditioner(
-                [shared.tokenizer_length(folder, one) for one in ("tokenizer", "tokenizer_2")],
-                zeros=bool(index.get("force_zeros_for_empty_prompt", True)),
-            ),
+            "conditioner": conditioner(found, folder, index),
         }
         size = [int(side) * factor for side in shared.pair(net_slot["size"])]
-        sampling = {"steps": 50, "guidance": 5.0, **sampling}
-        return Published(section, size, sampling, net | autoencoder | text, files, shared.facts_of(folder, index))
+        state = net | autoencoder | text
+        return Published(section, size, {**SAMPLING, **sampling}, state, files, shared.facts_of(folder, index))
 
     def owns(self, model: Model) -> bool:
         text = model.conditioner
@@ -60,36 +64,55 @@ class SDXL:
             and isinstance(model.codec, Latents)
             and isinstance(text, Texts)
             and text.join == "channels"
-            and len(text.texts) == 2
+            and self._reads(text)
             and isinstance(model.denoiser.path, Tabulated)
         )
+
+    def _reads(self, text: Texts) -> bool:
+        return len(text.texts) == 2 and not text.score
 
     def write_folder(self, place: Path, model: Model, dtype: torch.dtype) -> None:
         net, codec, text, path = model.net, model.codec, model.conditioner, model.denoiser.path
         assert isinstance(net, StableUNet) and isinstance(codec, Latents)
         assert isinstance(text, Texts) and isinstance(path, Tabulated)
-        index = {**INDEX, "force_zeros_for_empty_prompt": text.zeros}
-        shared.write_index(place, self.pipelines[0], index, model)
+        shared.write_index(place, self.pipelines[0], INDEX | self._index(text), model)
         shared.write_table(place, path, model.spec["model"]["prediction"])
         write_unet(place / "unet", net, dtype)
         shared.write_vae(place, codec, dtype)
         shared.write_text(place, text, dtype)
 
+    def _index(self, text: Texts) -> dict[str, Any]:
+        return {"force_zeros_for_empty_prompt": text.zeros}
+
     def knows(self, keys: Collection[str]) -> bool:
-        return stable_files.ENTRY in keys and stable_files.TOLD_XL in keys
+        told = stable_files.ENTRY in keys and stable_files.TOLD_XL in keys
+        return told and (stable_files.FOURTH in keys) == (self.kind == "refiner")
 
     def read_file(self, state: Mapping[str, Tensor], file: Path, parts: Path | None) -> Published:
-        if SDXL_REFINER[0].within(state) and not PLACES[0].within(state):
-            raise CheckpointError("this is not SDXL's base model", where=str(file), seen="the refiner's text encoder")
-        names = ("tokenizer", "tokenizer_2")
-        lengths = [77, 77] if parts is None else [shared.tokenizer_length(parts, one) for one in names]
         index = parts / shared.INDEX if parts is not None else None
         told = read_json(index) if index is not None and index.is_file() else {}
-        slot = conditioner(lengths, zeros=bool(told.get("force_zeros_for_empty_prompt", True)))
-        return stable_files.read(state, file, parts, slot, {"steps": 50, "guidance": 5.0})
+        usual = {"force_zeros_for_empty_prompt": self.kind == "xl", SCORED: self.kind == "refiner"}
+        slot = conditioner(self.encoders, parts, usual | told)
+        return stable_files.read(state, file, parts, slot, SAMPLING)
 
     def write_file(self, model: Model) -> dict[str, Tensor]:
-        return stable_files.write(model, "xl")
+        return stable_files.write(model, self.kind)
+
+
+class SDXLRefiner(SDXL):
+    """The refiner's family, and whatever else is told an aesthetic score."""
+
+    pipelines = ("StableDiffusionXLImg2ImgPipeline",)
+    kind = "refiner"
+    encoders = ENCODERS[1:]
+
+    def _reads(self, text: Texts) -> bool:
+        return text.sizes and (text.score or len(text.texts) == 1)
+
+    def _index(self, text: Texts) -> dict[str, Any]:
+        there = {one.part for one in text.texts}
+        gone = {name: [None, None] for part in set(ENCODERS) - there for name in (part, TOKENIZERS[part])}
+        return super()._index(text) | gone | {SCORED: text.score}
 
 
 INDEX: dict[str, Any] = {
@@ -105,8 +128,16 @@ INDEX: dict[str, Any] = {
 }
 
 
-def conditioner(lengths: list[int], zeros: bool) -> dict[str, Any]:
-    """The slot: the states of the layer before the last of both, without its norm, and the second's pooled state."""
-    first = {"kind": "text", "skip": 1, "normed": False, "length": lengths[0]}
-    second = {**first, "part": "text_encoder_2", "pooled": True, "length": lengths[1], "apart": "prompt_2"}
-    return {"kind": "texts", "join": "channels", "zeros": zeros, "sizes": True, "parts": [first, second]}
+def conditioner(found: Sequence[str], folder: Path | None, index: Mapping[str, Any]) -> dict[str, Any]:
+    """The slot: the states of the layer before the last of all, without its norm, and the second's pooled state.
+
+    found: the encoders. folder: with their tokenizers, if there is one. index: what model_index.json says.
+    """
+    parts: list[dict[str, Any]] = []
+    for part in found:
+        length = 77 if folder is None else shared.tokenizer_length(folder, TOKENIZERS[part])
+        own = {"part": part, "pooled": True, "apart": "prompt_2"} if part == ENCODERS[1] else {}
+        parts.append({"kind": "text", "skip": 1, "normed": False, "length": length, **own})
+    zeros, score = bool(index.get("force_zeros_for_empty_prompt", True)), bool(index.get(SCORED))
+    slot = {"kind": "texts", "join": "channels", "zeros": zeros, "sizes": True, "parts": parts}
+    return slot | ({"score": True} if score else {})

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sfumato.codecs import Latents
-from sfumato.errors import CheckpointError
+from sfumato.errors import CheckpointError, ConfigError
 from sfumato.io import parts as shared
 from sfumato.io.families import controlnet, stable, stable_files
 from sfumato.io.family import Published
@@ -173,6 +173,10 @@ def write_unet(folder: Path, net: StableUNet, dtype: torch.dtype) -> None:
 def _unet(net: StableUNet) -> dict[str, Any]:
     config = net.config
     cross = ["CrossAttn" if depth else "" for depth in config.depths]
+    *depths, last = config.depths
+    if config.middle and last not in (0, config.middle):  # diffusers builds the middle like the last level
+        seen = f"{last}, and {config.middle} at the bottom"
+        raise ConfigError("diffusers' U-Net has one depth for the last two", where="--to diffusers", seen=seen)
     told = {  # SDXL's: the pooled prompt, and six sizes as sinusoids
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": WAVES,
@@ -192,7 +196,7 @@ def _unet(net: StableUNet) -> dict[str, Any]:
         "out_channels": config.out_channels,
         "sample_size": shared.as_size(config.size),
         "time_cond_proj_dim": config.guidance_dim or None,
-        "transformer_layers_per_block": [depth or 1 for depth in config.depths],
+        "transformer_layers_per_block": [*(depth or 1 for depth in depths), last or config.middle or 1],
         "up_block_types": [f"{one}UpBlock2D" for one in reversed(cross)],
         "use_linear_projection": config.linear,
     }

@@ -1,4 +1,4 @@
-"""Original single files of Stable Diffusion 1, 2 and XL: the U-Net, the autoencoder and the text encoders in one.
+"""Original single files of Stable Diffusion 1, 2, XL and XL's refiner: U-Net, autoencoder and text encoders in one.
 
 Such a file tells no heads of the first version, no latent size, and not whether version 2 says the noise or v; and it
 has no tokenizer. These come from a folder of diffusers beside it (`parts`), and where that says nothing of shapes, from
@@ -14,8 +14,8 @@ from torch import Tensor
 from sfumato.codecs import Latents
 from sfumato.errors import CheckpointError, ConfigError
 from sfumato.io import parts as shared
-from sfumato.io.families import autoencoder, stable
-from sfumato.io.families.encoders import SD1, SD2, SDXL, Place
+from sfumato.io.families import autoencoder, encoders, stable
+from sfumato.io.families.encoders import SD1, SD2, SDXL, SDXL_REFINER, Place
 from sfumato.io.family import Published
 from sfumato.io.keymap import ORIGINAL, OURS, renamed, some
 from sfumato.io.pretrained import codec_of, read_json
@@ -25,6 +25,7 @@ from sfumato.nets.stable_unet import StableUNet
 
 VAE = autoencoder.PREFIXES[0]
 TOLD_XL = f"{stable.PREFIX}label_emb.0.0.weight"
+FOURTH = f"{stable.PREFIX}input_blocks.9.0.op.weight"  # a step to a fourth level, which XL's refiner has and XL has not
 ENTRY = f"{stable.PREFIX}input_blocks.0.0.weight"
 WORDS = f"{stable.PREFIX}input_blocks.{{}}.1.transformer_blocks.0.attn2.to_k.weight"
 # What training left in such files and no model needs: the table of betas, an average under flattened names, counters.
@@ -40,27 +41,29 @@ LEFT_OVER = (
     "scale_factor",
     "sqrt_",
 )
+LEFT = "left out"  # the fact that says so
 SCALES = {"sd": 0.18215, "xl": 0.13025}
+XL = ("xl", "refiner")  # of the versions those that are told sizes
 OPENCLIP = 1024  # the width of the words that version 2 is told
 
 
 def version(keys: Mapping[str, Tensor]) -> str:
-    """ "sd1", "sd2" or "xl"."""
+    """ "sd1", "sd2", "xl" or "refiner"."""
     if TOLD_XL in keys:
-        return "xl"
+        return "refiner" if FOURTH in keys else "xl"
     words = next(keys[key] for n in range(20) if (key := WORDS.format(n)) in keys)
     return "sd2" if words.shape[1] == OPENCLIP or SD2[0].within(keys) else "sd1"
 
 
 def places(kind: str) -> Sequence[Place]:
     """Where the text encoders of a version lie."""
-    return {"sd1": SD1, "sd2": SD2, "xl": SDXL}[kind]
+    return {"sd1": SD1, "sd2": SD2, "xl": SDXL, "refiner": SDXL_REFINER}[kind]
 
 
 def read(
     state: Mapping[str, Tensor], file: Path, parts: Path | None, conditioner: dict[str, Any], sampling: dict[str, Any]
 ) -> Published:
-    """A file of any of the three. conditioner, sampling: the slot, and what is recommended if `parts` says nothing."""
+    """A file of any of the four. conditioner, sampling: the slot, and what is recommended if `parts` says nothing."""
     kind, where = version(state), str(file)
     _checked(state, kind, where)
     path, prediction, own = _scheduler(parts, kind, where)
@@ -68,19 +71,21 @@ def read(
     told = _told(parts, "vae")
     if any(key.startswith(VAE) for key in state):
         inside = {key: value for key, value in state.items() if key.startswith(VAE)}
-        codec, latents = codec_of(inside, where, {"scaling_factor": SCALES["xl" if kind == "xl" else "sd"], **told})
+        codec, latents = codec_of(inside, where, {"scaling_factor": SCALES["xl" if kind in XL else "sd"], **told})
         latents = {f"codec.{key}": value for key, value in latents.items()}
     elif parts is not None:
         codec, latents, _ = shared.read_vae(parts / "vae")
     else:
         raise CheckpointError("this file has no autoencoder", where=where, fix="--parts FOLDER, one of diffusers")
-    text, files = shared.read_text_file(state, places(kind), parts, where)
-    if kind != "xl" and shape.in_channels == 2 * codec["latent"] + 1:
+    text, files = shared.read_text_file(state, places(kind), parts, where, joined=kind in XL)
+    if kind not in XL and shape.in_channels == 2 * codec["latent"] + 1:
         conditioner, text, files = shared.join_text(conditioner, text, files, {"kind": "inpainting"})
     elif shape.in_channels != codec["latent"]:
         seen = f"{shape.in_channels} channels, where the autoencoder has {codec['latent']}"
         raise CheckpointError("a U-Net that takes more than is known here", where=where, seen=seen)
-    side = _told(parts, "unet").get("sample_size") or {"sd1": 64, "xl": 128}.get(kind, 96 if prediction == "v" else 64)
+    side = _told(parts, "unet").get("sample_size") or {"sd1": 64, "xl": 128, "refiner": 128}.get(
+        kind, 96 if prediction == "v" else 64
+    )
     section = {
         "path": path,
         "prediction": prediction,
@@ -91,7 +96,8 @@ def read(
         "conditioner": conditioner,
     }
     size = [int(one) * 2 ** (len(codec["channels"]) - 1) for one in shared.pair(shared.as_size(side))]
-    return Published(section, size, {**sampling, **own}, net | latents | text, files, {"from": file.name})
+    facts = {"from": file.name} | _left_out(state, kind)
+    return Published(section, size, {**sampling, **own}, net | latents | text, files, facts)
 
 
 def write(model: Model, kind: str) -> dict[str, Tensor]:
@@ -117,6 +123,15 @@ def _checked(state: Mapping[str, Tensor], kind: str, where: str) -> None:
         raise CheckpointError(
             f"{len(odd)} weights belong to no part of this model", where=where, seen=some(odd), fix="a whole model"
         )
+
+
+def _left_out(state: Mapping[str, Tensor], kind: str) -> dict[str, str]:
+    """What a file has and the model has not, in words, for its facts."""
+    text = [key for place in places(kind) for key in encoders.unread(state, place)]
+    rest = [key for key in state if key.startswith(LEFT_OVER)]
+    said = [f"{len(text)} weights of text encoders that nothing reads ({some(text)})"] if text else []
+    said += [f"{len(rest)} left by training ({some({key.partition('.')[0] for key in rest})})"] if rest else []
+    return {LEFT: "; ".join(said)} if said else {}
 
 
 def _scheduler(parts: Path | None, kind: str, where: str) -> tuple[dict[str, Any], str, dict[str, Any]]:
