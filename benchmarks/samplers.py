@@ -233,7 +233,7 @@ def on_run(
     from sfumato.denoiser import on_path
     from sfumato.guidance import guided
 
-    torch.set_num_threads(os.cpu_count() or 1)  # nothing is timed any more
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))  # nothing is timed any more
     pipeline = load(run, "cpu")
     settings, said = (
         pipeline.settings(guidance=guidance),
