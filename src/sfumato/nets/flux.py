@@ -217,7 +217,7 @@ class DoubleBlock(nn.Module):
             return self.image(x, seen_by(parts, None, rope), told), words
         before, said = words.shape[1], self.text.modulation(summary).chunk(6, -1)
         q, k, v = (
-            torch.cat(both, 2) for both in zip(self.text.heads(self.text.modulated(words, said)), parts, strict=True)
+            torch.cat(both, 1) for both in zip(self.text.heads(self.text.modulated(words, said)), parts, strict=True)
         )
         seen = seen_by((q, k, v), mask, rope)
         return self.image(x, seen[:, before:], told), self.text(words, seen[:, :before], said)
@@ -289,7 +289,9 @@ class SingleBlock(nn.Module):
 
 
 class Heads(nn.Module):
-    """Tokens (B, L, dim) to queries and keys, RMS-normalised, and values (B, heads, L, dim / heads)."""
+    """Tokens (B, L, dim) to queries and keys, RMS-normalised, and values (B, L, heads, dim / heads), in which order
+    those of two kinds of tokens are joined without being scattered.
+    """
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -298,13 +300,13 @@ class Heads(nn.Module):
         self.q_norm, self.k_norm = (RMSNorm(dim // heads) for _ in range(2))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        q, k, v = (part(x).unflatten(-1, (self.heads, -1)) for part in (self.q, self.k, self.v))
         return self.q_norm(q), self.k_norm(k), v
 
 
 def seen_by(parts: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, rope: Rope) -> Tensor:
     """What the heads see (B, L, dim), of queries and keys that are turned by their places first."""
-    q, k, v = parts
+    q, k, v = (part.transpose(1, 2) for part in parts)
     y = attended(turned(q, rope).to(v.dtype), turned(k, rope).to(v.dtype), v, mask)
     return y.transpose(1, 2).flatten(2)
 

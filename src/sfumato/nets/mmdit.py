@@ -114,7 +114,7 @@ class JointEntry(nn.Module):
         """A picture's tokens with their places, (B, L, dim)."""
         assert self.entry is not None
         height, width = self._grid(x)
-        tokens: Tensor = self.entry(x).flatten(2).mT
+        tokens: Tensor = self.entry(x).flatten(2).mT.contiguous()  # or every sum with them is scattered, too
         return tokens + self._places(height, width).to(tokens.dtype)
 
     def words(self, context: Tensor | None, mask: Tensor | None, length: int) -> tuple[Tensor | None, Tensor | None]:
@@ -214,17 +214,17 @@ class JointBlock(nn.Module):
         self, x: Tensor, words: Tensor | None, summary: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         normed, told = self.image.norm1(x), self.image.modulation(summary).chunk(self.image.chunks, -1)
-        q, k, v = self.image.attention(modulated(normed, told[0], told[1]))
+        parts = self.image.attention(modulated(normed, told[0], told[1]))
         if self.text is None or words is None:
-            x = self.image(x, normed, attended(q, k, v), told)
+            x = self.image(x, normed, seen_by(parts), told)
             return x, words
         before, said = words.shape[1], self.text.modulation(summary).chunk(self.text.chunks, -1)
         heard = self.text.norm1(words)
-        parts = self.text.attention(modulated(heard, said[0], said[1]))
-        q, k, v = (torch.cat(both, 2) for both in zip(parts, (q, k, v), strict=True))
-        seen = attended(q, k, v, mask)
-        x = self.image(x, normed, seen[:, :, before:], told)
-        return x, words if self.text.last else self.text(words, heard, seen[:, :, :before], said)
+        heads = zip(self.text.attention(modulated(heard, said[0], said[1])), parts, strict=True)
+        q, k, v = (torch.cat(both, 1) for both in heads)
+        seen = seen_by((q, k, v), mask)
+        x = self.image(x, normed, seen[:, before:], told)
+        return x, words if self.text.last else self.text(words, heard, seen[:, :before], said)
 
     def skipped(self, x: Tensor, words: Tensor | None, *_: object) -> tuple[Tensor, Tensor | None]:
         """What is left where this block is skipped (`sfumato.nets.variants`)."""
@@ -259,18 +259,19 @@ class Stream(nn.Module):
 
     def forward(self, x: Tensor, normed: Tensor, seen: Tensor, told: tuple[Tensor, ...]) -> Tensor:
         gate1, shift2, scale2, gate2 = told[2:6]
-        x = x + gate1[:, None] * self.dropout(self.attention.merged(seen))
+        x = x + gate1[:, None] * self.dropout(self.attention.out(seen))
         if self.second is not None:
             shift, scale, gate = told[6:]
-            alone = attended(*self.second(modulated(normed, shift, scale)))
-            x = x + gate[:, None] * self.dropout(self.second.merged(alone))
+            alone = seen_by(self.second(modulated(normed, shift, scale)))
+            x = x + gate[:, None] * self.dropout(self.second.out(alone))
         if self.feed is not None:
             x = x + gate2[:, None] * self.dropout(self.feed(modulated(self.norm2(x), shift2, scale2)))
         return x
 
 
 class Heads(nn.Module):
-    """Tokens (B, L, dim) to queries, keys and values (B, heads, L, dim / heads), and what was seen back to tokens.
+    """Tokens (B, L, dim) to queries, keys and values (B, L, heads, dim / heads), in which order those of two kinds of
+    tokens are joined without being scattered; and `out`, from what was seen back to tokens.
 
     silent: tokens that are only attended to have no way back.
     """
@@ -283,12 +284,14 @@ class Heads(nn.Module):
         self.out = nn.Identity() if silent else nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        q, k, v = (part(x).unflatten(-1, (self.heads, -1)) for part in (self.q, self.k, self.v))
         return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v
 
-    def merged(self, seen: Tensor) -> Tensor:
-        out: Tensor = self.out(seen.transpose(1, 2).flatten(2))
-        return out
+
+def seen_by(parts: tuple[Tensor, Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
+    """What the heads see, (B, L, dim)."""
+    q, k, v = (part.transpose(1, 2) for part in parts)
+    return attended(q, k, v, mask).transpose(1, 2).flatten(2)
 
 
 def _unfolded(tokens: Tensor, height: int, width: int, patch: int) -> Tensor:
