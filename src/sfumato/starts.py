@@ -104,7 +104,7 @@ def begin(
 
 def check_strength(value: object) -> None:
     """ConfigError for what is no strength."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= 1:
         raise ConfigError("a strength lies above 0 and up to 1", where="strength", seen=repr(value), fix="strength=0.6")
 
 

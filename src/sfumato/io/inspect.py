@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from sfumato.errors import CheckpointError
 from sfumato.hub import sketched
-from sfumato.io.directory import read_description
+from sfumato.io.directory import CONTROL, read_description
 from sfumato.io.families.pixel_unet import is_of_two_axes
 from sfumato.io.family import families
 from sfumato.io.parts import INDEX, part_of, read_own
@@ -124,6 +124,9 @@ def _said(path: Path, read: Read, where: str) -> dict[str, Any]:
 def _own(folder: Path, read: Read) -> dict[str, Any]:
     said, found = read_description(folder), read(folder / "model.safetensors")
     section = said["model"]
+    if CONTROL in section:
+        counted = {"control": found.under([f"{CONTROL}."]).counted()}
+        return {"kind": "ControlNet", "family": None, "class": _kind(section[CONTROL]), "parts": counted}
     parts = {name.split(".")[0] for name in found.shapes}
     return {
         "kind": "model of sfumato",
