@@ -138,8 +138,8 @@ class SamplingSection(Section):
     of the steps that is made; 0.6, and 1 with a mask, unless said.
     """
 
-    sampler: Slot = {"kind": "ipndm", "variable": "angle"}
-    grid: Slot = {"kind": "logistic"}
+    sampler: Slot = {"kind": "exp_abm"}
+    grid: Slot = {"kind": "fitted"}
     steps: Positive = 20
     guidance: Annotated[float, Field(ge=0)] | Slot = 3.0
     interval: Interval | None = None
@@ -186,8 +186,8 @@ class PairsSection(Section):
     """
 
     count: Positive = 16384
-    sampler: Slot = {"kind": "ipndm", "variable": "angle"}
-    grid: Slot = {"kind": "logistic"}
+    sampler: Slot = {"kind": "exp_abm"}
+    grid: Slot = {"kind": "fitted"}
     steps: Positive = 20
     batch: Positive = 128
     folder: str | None = None

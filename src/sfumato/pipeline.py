@@ -254,7 +254,7 @@ class Pipeline:
         n = int(order.settings.steps)
         _, height, width = self.model.codec.shape(*order.size)
         patch = int(getattr(getattr(self.model.net, "config", None), "patch", 1))
-        grid = fitted_grid(order.settings.grid, height * width // patch**2)
+        grid = fitted_grid(order.settings.grid, height, width, patch)
         times: Tensor = build(grid, "Grid")(self.model.denoiser.path, n)
         return times if order.begin is None else order.begin.times(times)
 

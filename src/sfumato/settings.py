@@ -1,7 +1,7 @@
 """Settings: how to sample. What a model recommends, laid over by what is asked for, and checked whole."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
@@ -24,8 +24,8 @@ class Settings:
     `sfumato.starts.begin`.
     """
 
-    sampler: str | Mapping[str, Any] = field(default_factory=lambda: {"kind": "ipndm", "variable": "angle"})
-    grid: str | Mapping[str, Any] = "logistic"
+    sampler: str | Mapping[str, Any] = "exp_abm"
+    grid: str | Mapping[str, Any] = "fitted"
     steps: int = 20
     guidance: float | str | Mapping[str, Any] = 1.0
     interval: Interval | None = None
@@ -114,12 +114,16 @@ class Settings:
             raise ConfigError(what, where="interval", seen=repr(interval), fix="interval=(0.2, 5)")
 
 
-def fitted_grid(slot: str | Mapping[str, Any], tokens: int) -> dict[str, Any]:
-    """The slot of a grid, told a picture's tokens where it depends on their number and that was not said."""
+def fitted_grid(slot: str | Mapping[str, Any], height: int, width: int, patch: int = 1) -> dict[str, Any]:
+    """The slot of a grid, told the size of what is diffused where it depends on that and it was not said.
+
+    As its number of pixels, or of the tokens of `patch` by `patch` of them.
+    """
     told = {"kind": slot} if isinstance(slot, str) else dict(slot)
     target = target_of(str(told.get("kind")), KINDS["Grid"])
-    depends = target is not None and "tokens" in (options_of(target) or {})
-    return {**told, "tokens": tokens} if depends and told.get("tokens") is None else told
+    options = (options_of(target) or {}) if target is not None else {}
+    known = {"pixels": height * width, "tokens": height * width // patch**2}
+    return told | {name: size for name, size in known.items() if name in options and told.get(name) is None}
 
 
 def fitted_guidance(asked: Any, own: Any) -> Any:
