@@ -134,7 +134,8 @@ class SamplingSection(Section):
     """How the model likes to be sampled; kept with it, and used unless told otherwise.
 
     guidance: a scale, of which 1 is off, or a slot, as {kind: distilled} of a network that is told the scale. interval:
-    noise levels (low, high] within which to guide; no high is no end.
+    noise levels (low, high] within which to guide; no high is no end. strength: of a picture to start from, the share
+    of the steps that is made; 0.6, and 1 with a mask, unless said.
     """
 
     sampler: Slot = {"kind": "exp_abm"}
@@ -143,6 +144,7 @@ class SamplingSection(Section):
     guidance: Annotated[float, Field(ge=0)] | Slot = 3.0
     interval: Interval | None = None
     rescale: Share = 0.0
+    strength: Annotated[float, Field(gt=0, le=1)] | None = None
 
 
 class LoraSection(Section):

@@ -205,6 +205,7 @@ class Pipeline:
 
         settings: as of `sample`. Each `Step` has the time, the state and the current guess of the result, encoded.
         """
+        begin(None, None, settings.get("strength"), 1, self.model.size)  # which says that a strength needs a picture
         order = self.order(prompts, seeds, size, negative, settings)
         return self._walk(order, self._times(order))
 
@@ -415,7 +416,7 @@ class Pipeline:
 
     def _begun(self, order: Order, image: Any, mask: Any, strength: float | None) -> Order:
         """With a picture to start from; a model made for inpainting is told it, and the mask."""
-        begun = begin(image, mask, strength, len(order.raw), order.size)
+        begun = begin(image, mask, strength, len(order.raw), order.size, order.settings.strength)
         inside = next((one for one in self.model.modules() if isinstance(one, Inpainting)), None)
         if begun is None or begun.mask is None or inside is None:
             return replace(order, begin=begun)

@@ -10,6 +10,7 @@ from sfumato.denoiser import Cond
 from sfumato.errors import ConfigError
 from sfumato.guidance import CFG, Guidance, Unguided, given
 from sfumato.registry import check, options_of, target_of
+from sfumato.starts import check_strength
 
 Interval = tuple[float, float | None]  # noise levels sigma / alpha, (low, high]; no high is no end
 
@@ -18,7 +19,9 @@ Interval = tuple[float, float | None]  # noise levels sigma / alpha, (low, high]
 class Settings:
     """How to sample. sampler, grid: names or slots. guidance: a scale, of which 1 is off, or a slot of any guidance.
 
-    interval: noise levels (low, high]; with rescale, for a scale: a slot has its own.
+    interval: noise levels (low, high]; with rescale, for a scale: a slot has its own. strength: of a picture to start
+    from, the share of the steps that is made where none is asked for, above 0 up to 1; None leaves it to
+    `sfumato.starts.begin`.
     """
 
     sampler: str | Mapping[str, Any] = "exp_abm"
@@ -27,6 +30,7 @@ class Settings:
     guidance: float | str | Mapping[str, Any] = 1.0
     interval: Interval | None = None
     rescale: float = 0.0
+    strength: float | None = None
 
     def __post_init__(self) -> None:
         if not (is_whole(self.steps) and self.steps >= 1):
@@ -50,6 +54,8 @@ class Settings:
             )
         if self.interval is not None:
             self._check_interval(self.interval)
+        if self.strength is not None:
+            check_strength(self.strength)
         problems = [*check(self.sampler, "Sampler", KINDS, "sampler"), *check(self.grid, "Grid", KINDS, "grid")]
         if slot:
             problems += check(self.guidance, "Guidance", KINDS, "guidance")
@@ -85,7 +91,9 @@ class Settings:
         return given(self.unfilled, cond, null, read) if cond else Unguided()
 
     def plain(self) -> dict[str, Any]:
-        """As plain data; an endless interval has no number for its end."""
+        """As plain data, but for the strength, which is of a picture to start from and not of every drawing; an endless
+        interval has no number for its end.
+        """
         low, high = self.interval or (0.0, None)
         unending = high is None or high == float("inf")
         return {
