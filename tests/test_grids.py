@@ -13,6 +13,7 @@ from sfumato.grids import (
     dynamic_shift,
     ending,
     explicit,
+    fitted,
     karras,
     kl_optimal,
     leading,
@@ -150,3 +151,31 @@ def test_explicit_times_and_ends_that_do_not_fit_are_refused() -> None:
         ending(Linear(), 4, at=0.5)
     with pytest.raises(ConfigError):
         leading(Tabulated(), 2000)
+
+
+def test_fitted_centres_on_more_noise_for_larger_pictures_and_ends_by_the_number_of_steps() -> None:
+    path, least = Tabulated(), 0.01
+    small, large = (levels(path, fitted(path, 9, pixels=side**2)) for side in (8, 32))
+    assert bool((large > small)[1:-1].all())
+    for n, last in ((2, 0.59 * math.exp(-1)), (5, 0.59 * math.exp(-2.5)), (12, least), (50, least), (100, least / 4)):
+        assert float(levels(path, fitted(path, n))[-1]) == pytest.approx(last, rel=1e-3)
+    assert fitted(path, 1).tolist() == [1.0, 0.0]
+
+
+def test_fitted_spends_few_steps_in_the_middle_and_many_at_the_ends_too() -> None:
+    for n, spread in ((5, 1.15), (12, 1.15), (16, 1.325), (20, 1.5), (60, 1.5)):
+        assert fitted(Linear(), n).tolist() == fitted(Linear(), n, spread=spread).tolist()
+        assert fitted(Linear(), n).tolist() != fitted(Linear(), n, spread=spread + 0.1).tolist()
+
+
+def test_fitted_asks_a_table_for_no_less_noise_than_it_was_trained_on() -> None:
+    path = Tabulated("scaled_linear")
+    assert path.index(fitted(path, 40, pixels=4096)[-2:-1]).item() == pytest.approx(0, abs=1e-6)
+    assert float(levels(path, fitted(path, 40, pixels=4096, least=0.1))[-1]) == pytest.approx(0.1)
+
+
+@paths
+def test_fitted_falls_from_any_start(path: Path) -> None:
+    for start in (0.7, 0.2, 0.01):
+        times = fitted(path, 6, start=start)
+        assert float(times[0]) == pytest.approx(start) and float(times[-1]) == 0 and bool((times.diff() < 0).all())

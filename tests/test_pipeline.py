@@ -272,6 +272,15 @@ def test_a_grid_that_depends_on_tokens_is_told_those_of_the_picture() -> None:
         assert (drawn == said).all() and (drawn != other).any()
 
 
+def test_a_grid_that_depends_on_pixels_is_told_those_of_what_is_diffused() -> None:
+    pipe = Pipeline(made(), "cpu")
+    drawn, said, other = (
+        pipe.sample("a red circle", grid={"kind": "fitted", **told}, size=(8, 12)).images
+        for told in ({}, {"pixels": 96}, {"pixels": 4096})
+    )
+    assert (drawn == said).all() and (drawn != other).any()
+
+
 def test_a_number_is_the_scale_of_the_guidance_that_a_model_has() -> None:
     model = made(net={"kind": "flux", "patch": 4, "dim": 16, "double": 1, "single": 1, "heads": 2, "guidance": True})
     model.spec["sampling"]["guidance"] = {"kind": "distilled", "scale": 3.5}

@@ -19,6 +19,7 @@ from sfumato.samplers.ddpm import ddpm
 from sfumato.samplers.dpm_solver import dpmpp_2m
 from sfumato.samplers.unipc import unipc
 from sfumato.starts import begin, known_where
+from sfumato.stream import Stream
 from small_models import made
 
 RNG = np.random.default_rng(0)
@@ -59,6 +60,29 @@ def test_strength_is_the_share_of_the_steps(pipe: Pipeline) -> None:
     assert np.array_equal(one, full)  # on the linear path pure noise holds nothing of the picture
     far, near = (np.abs(images[0].astype(int) - PICTURE).mean() for images in (one, little))
     assert near < far
+
+
+def test_what_a_model_recommends_is_the_strength_where_none_is_asked_for(pipe: Pipeline) -> None:
+    model = made()
+    model.spec["sampling"]["strength"] = 0.25
+    own, asked = Pipeline(model, "cpu"), {"image": PICTURE, "steps": 8, "seeds": 3}
+    drawn = own.sample("a red circle", **asked)
+    assert drawn.settings[0]["strength"] == 0.25
+    assert np.array_equal(drawn.images, pipe.sample("a red circle", strength=0.25, **asked).images)
+    for how in ({"strength": 0.75}, {"strength": 1}, {"strength": 0.75, "mask": HALF}):
+        said, same = (one.sample("a red circle", **asked, **how) for one in (own, pipe))
+        assert said.settings[0]["strength"] == how["strength"] and np.array_equal(said.images, same.images)
+    assert own.sample("a red circle", mask=HALF, **asked).settings[0]["strength"] == 0.25
+    step = next(own.steps("a red circle", steps=8))
+    assert "strength" not in own.sample("a red circle", image=step, steps=8).settings[0]  # a step says where to begin
+    assert "strength" not in own.sample("a red circle", steps=2).settings[0]
+    assert pipe.sample("a red circle", **asked).settings[0]["strength"] == 0.6
+    assert pipe.sample("a red circle", mask=HALF, **asked).settings[0]["strength"] == 1
+    (streamed,) = Stream(own, "a red circle", seed=3, steps=8)([PICTURE])
+    assert np.abs(streamed.astype(int) - drawn.images[0]).max() <= 1
+    model.spec["sampling"]["strength"] = 1.5
+    with pytest.raises(ConfigError, match="above 0 and up to 1"):
+        own.sample("a red circle")
 
 
 def test_pixels_outside_the_mask_are_kept_exactly(pipe: Pipeline) -> None:
@@ -124,6 +148,11 @@ def test_encoded_pictures_are_what_their_pictures_are(pipe: Pipeline) -> None:
 def test_what_cannot_be_is_refused(pipe: Pipeline, options, error, said) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(error, match=said):
         pipe.sample("a red circle", **options)
+
+
+def test_steps_alone_have_no_picture_for_a_strength(pipe: Pipeline) -> None:
+    with pytest.raises(ConfigError, match="need a picture"):
+        pipe.steps("a red circle", strength=0.5)
 
 
 def test_a_file_that_is_no_picture_is_named(tmp_path: Path) -> None:

@@ -194,6 +194,7 @@ DISCRIMINATORS = {"patch": "sfumato.nets.discriminator:PatchDiscriminator"}
 HEADS = {"features": "sfumato.nets.features:on_features"}
 GRIDS = {
     "logistic": "sfumato.grids:logistic",
+    "fitted": "sfumato.grids:fitted",
     "explicit": "sfumato.grids:explicit",
     "linear": "sfumato.grids:linear",
     "karras": "sfumato.grids:karras",
@@ -258,6 +259,7 @@ SAMPLERS = {
     "lms": Sampler("sfumato.samplers.adams:lms", order=4),
     "ipndm": Sampler("sfumato.samplers.adams:ipndm", order=4),
     "unipc": Sampler("sfumato.samplers.unipc:unipc", order=3),
+    "exp_abm": Sampler("sfumato.samplers.adams_moulton:exp_abm", order=3),
     "pndm": Sampler("sfumato.samplers.pndm:pndm", order=2, extra=1),
     "rk4": Sampler("sfumato.samplers.runge_kutta:rk4", order=4, calls=4),
     "dopri5": Sampler("sfumato.samplers.runge_kutta:dopri5", order=5, calls=6, adaptive=True),

@@ -134,15 +134,17 @@ class SamplingSection(Section):
     """How the model likes to be sampled; kept with it, and used unless told otherwise.
 
     guidance: a scale, of which 1 is off, or a slot, as {kind: distilled} of a network that is told the scale. interval:
-    noise levels (low, high] within which to guide; no high is no end.
+    noise levels (low, high] within which to guide; no high is no end. strength: of a picture to start from, the share
+    of the steps that is made; 0.6, and 1 with a mask, unless said.
     """
 
-    sampler: Slot = {"kind": "ipndm", "variable": "angle"}
-    grid: Slot = {"kind": "logistic"}
+    sampler: Slot = {"kind": "exp_abm"}
+    grid: Slot = {"kind": "fitted"}
     steps: Positive = 20
     guidance: Annotated[float, Field(ge=0)] | Slot = 3.0
     interval: Interval | None = None
     rescale: Share = 0.0
+    strength: Annotated[float, Field(gt=0, le=1)] | None = None
 
 
 class LoraSection(Section):
@@ -184,8 +186,8 @@ class PairsSection(Section):
     """
 
     count: Positive = 16384
-    sampler: Slot = {"kind": "ipndm", "variable": "angle"}
-    grid: Slot = {"kind": "logistic"}
+    sampler: Slot = {"kind": "exp_abm"}
+    grid: Slot = {"kind": "fitted"}
     steps: Positive = 20
     batch: Positive = 128
     folder: str | None = None

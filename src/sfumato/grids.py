@@ -21,6 +21,8 @@ Grid = Callable[..., Tensor]  # (path, n, **options) -> (n + 1,) float64, strict
 
 STEPS = 1000  # of the table that indices are counted in, on a path without one
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # EDM's noise levels, for paths whose own are 0 and infinite
+NARROW, WIDE, FEW, ENOUGH = 1.15, 1.5, 12, 20  # of `fitted`: spreads, and the steps up to and from which they hold
+LEAST, MANY = 0.01, 50  # of `fitted`: the last noise level on a path without a table, and the steps it holds for
 
 AYS = {  # Sabour et al. 2024: indices in Stable Diffusion's table, noise levels for the video model; n + 1 for 10 steps
     "sd15": (999, 850, 736, 645, 545, 455, 343, 233, 124, 24, 0),
@@ -218,11 +220,44 @@ def logistic(path: Path, n: int, *, level: float = 0.6, spread: float = 1.3, sta
 
     Trajectories bend most where the noise is about as strong as the data's details, and are nearly straight at both
     ends. level = spread = 1 is the linear path's own even grid, on any path; smaller levels suit data of smaller
-    variance, larger spreads take more steps to both ends. The default grid of models that recommend none.
+    variance, larger spreads take more steps to both ends.
     """
     top = torch.sigmoid(torch.tensor((_log_level(path, start) - math.log(level)) / spread, dtype=torch.float64))
     inner = torch.logit(torch.linspace(float(top), 0, n + 1, dtype=torch.float64)[1:-1])
     times = path.time(-2 * (math.log(level) + spread * inner))
+    return torch.cat([times.new_tensor([start]), times, times.new_zeros(1)])
+
+
+def fitted(
+    path: Path,
+    n: int,
+    *,
+    pixels: int = 64,
+    level: float = 0.59,
+    spread: float | None = None,
+    least: float | None = None,
+    start: float = 1.0,
+) -> Tensor:
+    """`logistic`, fitted to the size of the picture and to the number of steps. The default grid.
+
+    The centre is `level` for 8x8 and grows with the square root of the side, as larger pictures keep their shapes under
+    more noise. The spread is 1.15 up to 12 steps and rises evenly to 1.5 at 20: a few steps are needed in the middle,
+    where trajectories bend, and only many can also be spent on the ends. The last noise level is the centre's times
+    e^(-n / 2), but not below `least`, under which a trained network has seen nothing: the table's own, 0.01 on other
+    paths. Only past 50 steps does it fall on, as 1 / n^2, so that errors vanish where answers are exact.
+    pixels: of what is diffused, height times width; a pipeline tells them where nothing is said.
+    """
+    if least is None:
+        least = math.exp(_log_level(path, 1 / path.steps)) if isinstance(path, Tabulated) else LEAST
+    if spread is None:
+        spread = NARROW + (WIDE - NARROW) * min(max((n - FEW) / (ENOUGH - FEW), 0.0), 1.0)
+    centre = level * (pixels / 64) ** 0.25
+    top = _log_level(path, start)
+    last = max(min(math.log(centre), top) - n / 2, math.log(least * min(1.0, MANY / n) ** 2))
+    ends = torch.tensor([top, min(last, top - 0.5)], dtype=torch.float64)
+    high, low = torch.sigmoid((ends - math.log(centre)) / spread).tolist()
+    inner = torch.logit(torch.linspace(high, low, n, dtype=torch.float64)[1:])
+    times = path.time(-2 * (math.log(centre) + spread * inner))
     return torch.cat([times.new_tensor([start]), times, times.new_zeros(1)])
 
 

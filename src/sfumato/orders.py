@@ -107,7 +107,7 @@ def order_of(
 
 def begun(order: Order, image: Any, mask: Any, strength: float | None, model: Model) -> Order:
     """An order with a picture to start from; a model made for inpainting is told it, and the mask."""
-    start = begin(image, mask, strength, len(order.raw), order.size)
+    start = begin(image, mask, strength, len(order.raw), order.size, order.settings.strength)
     inside = next((one for one in model.modules() if isinstance(one, Inpainting)), None)
     if start is None or start.mask is None or inside is None:
         return replace(order, begin=start)

@@ -36,7 +36,7 @@ from sfumato.reader import Reader, home
 from sfumato.samplers import Job, SeededNoise, Step, Together, sample
 from sfumato.samples import Samples
 from sfumato.settings import Interval, Settings, fitted_grid, fitted_guidance, is_whole
-from sfumato.starts import known_where
+from sfumato.starts import begin, known_where
 
 Progress = Callable[[int, int], None]  # steps done, of how many
 
@@ -195,6 +195,7 @@ class Pipeline:
 
         settings: as of `sample`. Each `Step` has the time, the state and the current guess of the result, encoded.
         """
+        begin(None, None, settings.get("strength"), 1, self.model.size)  # which says that a strength needs a picture
         order = self.order(prompts, seeds, size, negative, settings)
         return self._walk(order, self._times(order))
 
@@ -243,7 +244,7 @@ class Pipeline:
         n = int(order.settings.steps)
         _, height, width = self.model.codec.shape(*order.size)
         patch = int(getattr(getattr(self.model.net, "config", None), "patch", 1))
-        grid = fitted_grid(order.settings.grid, height * width // patch**2)
+        grid = fitted_grid(order.settings.grid, height, width, patch)
         times: Tensor = build(grid, "Grid")(self.model.denoiser.path, n)
         return times if order.begin is None else order.begin.times(times)
 

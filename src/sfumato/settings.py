@@ -1,7 +1,7 @@
 """Settings: how to sample. What a model recommends, laid over by what is asked for, and checked whole."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
@@ -10,6 +10,7 @@ from sfumato.denoiser import Cond
 from sfumato.errors import ConfigError
 from sfumato.guidance import CFG, Guidance, Unguided, given
 from sfumato.registry import check, options_of, target_of
+from sfumato.starts import check_strength
 
 Interval = tuple[float, float | None]  # noise levels sigma / alpha, (low, high]; no high is no end
 
@@ -18,15 +19,18 @@ Interval = tuple[float, float | None]  # noise levels sigma / alpha, (low, high]
 class Settings:
     """How to sample. sampler, grid: names or slots. guidance: a scale, of which 1 is off, or a slot of any guidance.
 
-    interval: noise levels (low, high]; with rescale, for a scale: a slot has its own.
+    interval: noise levels (low, high]; with rescale, for a scale: a slot has its own. strength: of a picture to start
+    from, the share of the steps that is made where none is asked for, above 0 up to 1; None leaves it to
+    `sfumato.starts.begin`.
     """
 
-    sampler: str | Mapping[str, Any] = field(default_factory=lambda: {"kind": "ipndm", "variable": "angle"})
-    grid: str | Mapping[str, Any] = "logistic"
+    sampler: str | Mapping[str, Any] = "exp_abm"
+    grid: str | Mapping[str, Any] = "fitted"
     steps: int = 20
     guidance: float | str | Mapping[str, Any] = 1.0
     interval: Interval | None = None
     rescale: float = 0.0
+    strength: float | None = None
 
     def __post_init__(self) -> None:
         if not (is_whole(self.steps) and self.steps >= 1):
@@ -50,6 +54,8 @@ class Settings:
             )
         if self.interval is not None:
             self._check_interval(self.interval)
+        if self.strength is not None:
+            check_strength(self.strength)
         problems = [*check(self.sampler, "Sampler", KINDS, "sampler"), *check(self.grid, "Grid", KINDS, "grid")]
         if slot:
             problems += check(self.guidance, "Guidance", KINDS, "guidance")
@@ -85,7 +91,9 @@ class Settings:
         return given(self.unfilled, cond, null, read) if cond else Unguided()
 
     def plain(self) -> dict[str, Any]:
-        """As plain data; an endless interval has no number for its end."""
+        """As plain data, but for the strength, which is of a picture to start from and not of every drawing; an endless
+        interval has no number for its end.
+        """
         low, high = self.interval or (0.0, None)
         unending = high is None or high == float("inf")
         return {
@@ -106,12 +114,16 @@ class Settings:
             raise ConfigError(what, where="interval", seen=repr(interval), fix="interval=(0.2, 5)")
 
 
-def fitted_grid(slot: str | Mapping[str, Any], tokens: int) -> dict[str, Any]:
-    """The slot of a grid, told a picture's tokens where it depends on their number and that was not said."""
+def fitted_grid(slot: str | Mapping[str, Any], height: int, width: int, patch: int = 1) -> dict[str, Any]:
+    """The slot of a grid, told the size of what is diffused where it depends on that and it was not said.
+
+    As its number of pixels, or of the tokens of `patch` by `patch` of them.
+    """
     told = {"kind": slot} if isinstance(slot, str) else dict(slot)
     target = target_of(str(told.get("kind")), KINDS["Grid"])
-    depends = target is not None and "tokens" in (options_of(target) or {})
-    return {**told, "tokens": tokens} if depends and told.get("tokens") is None else told
+    options = (options_of(target) or {}) if target is not None else {}
+    known = {"pixels": height * width, "tokens": height * width // patch**2}
+    return told | {name: size for name, size in known.items() if name in options and told.get(name) is None}
 
 
 def fitted_guidance(asked: Any, own: Any) -> Any:

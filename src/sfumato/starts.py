@@ -8,6 +8,7 @@ another model's walk, is taken as it is: so a refiner goes on where a base model
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -74,23 +75,24 @@ class Begin:
         )
 
 
-def begin(image: Any, mask: Any, strength: float | None, n: int, size: tuple[int, int]) -> Begin | None:
+def begin(
+    image: Any, mask: Any, strength: float | None, n: int, size: tuple[int, int], usual: float | None = None
+) -> Begin | None:
     """What was asked for, checked: None where there is no picture to start from.
 
     image: a path, a Pillow picture or an array (H, W, 3) uint8, or one of these for each of n; or encoded pictures
     (1 or n, ...), which the codec's states are; or a `Step` of a model on the same path, whose state is gone on with
-    from its time. mask: a picture likewise, one; white is redrawn. strength: by default 1 with a mask, and 0.6 else.
+    from its time. mask: a picture likewise, one; white is redrawn. strength: by default `usual`, which a model
+    recommends; where it says nothing, 1 with a mask, and 0.6 else.
     """
     if image is None:
         if mask is not None or strength is not None:
             what = "a mask and a strength need a picture to start from"
             raise ConfigError(what, where="image", seen="none", fix="image=picture.png")
         return None
-    chosen = strength if strength is not None else (0.6 if mask is None else 1.0)
-    if isinstance(chosen, bool) or not isinstance(chosen, (int, float)) or not 0 < chosen <= 1:
-        raise ConfigError(
-            "a strength lies above 0 and up to 1", where="strength", seen=repr(chosen), fix="strength=0.6"
-        )
+    own = usual if usual is not None else (0.6 if mask is None else 1.0)
+    chosen = strength if strength is not None else own
+    check_strength(chosen)
     if isinstance(image, (Tensor, Step)):
         return _encoded(image, mask, strength, float(chosen), n)
     images = np.stack([given(one, size) for one in one_each(image, n)])
@@ -98,6 +100,12 @@ def begin(image: Any, mask: Any, strength: float | None, n: int, size: tuple[int
     if free is not None and not free.any():
         raise DataError("the mask leaves nothing to draw: white is redrawn", where="mask", seen="all black")
     return Begin(images, free, float(chosen))
+
+
+def check_strength(value: object) -> None:
+    """ConfigError for what is no strength."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= 1:
+        raise ConfigError("a strength lies above 0 and up to 1", where="strength", seen=repr(value), fix="strength=0.6")
 
 
 def _encoded(image: Tensor | Step, mask: Any, strength: float | None, chosen: float, n: int) -> Begin:

@@ -38,7 +38,7 @@ class Stream:
         pipeline: Pipeline,
         prompt: Prompt = None,
         *,
-        strength: float = 0.6,
+        strength: float | None = None,
         seed: int = 0,
         negative: Prompt = None,
         size: int | tuple[int, int] | None = None,
@@ -80,4 +80,5 @@ class Stream:
 
     def _of(self, frame: Any) -> Order:
         """The order of one frame."""
-        return replace(self._order, begin=begin(frame, None, self.strength, 1, self._order.size))
+        order = self._order
+        return replace(order, begin=begin(frame, None, self.strength, 1, order.size, order.settings.strength))

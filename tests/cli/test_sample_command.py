@@ -152,6 +152,17 @@ def test_a_model_that_draws_no_numbers_is_told(sfumato: Command, run: Path) -> N
     told(sfumato("eval", run, "--per-task", "1", "--held-out", "0", *FAST), 4, "not finite numbers")
 
 
+def test_a_recommended_strength_goes_from_the_configuration_into_the_picture(sfumato: Command) -> None:
+    told(sfumato("train", "tiny", *QUICK, "sampling.strength=1.5"), 2, "sampling.strength")
+    assert sfumato("train", "tiny", *QUICK, "sampling.strength=0.25", "--run", "own").code == 0
+    Pillow.new("RGB", (32, 32), "white").save("white.png")
+    how = ("sample", "own", "a cross", "--image", "white.png", "--steps", "4", "--device", "cpu", "--json")
+    said = [sfumato(*how, *more).data["pictures"][0]["strength"] for more in ((), ("--strength", "0.75"))]
+    assert said == [0.25, 0.75]
+    assert sfumato("inspect", "own", "--json").data["sampling"]["strength"] == 0.25
+    assert '"strength": 0.25' in sfumato("inspect", "own").out
+
+
 def test_conditions_beside_the_prompt(sfumato: Command, tmp_path: Path) -> None:
     words, layout = "{kind: prompts, dim: 16, depth: 1, heads: 1}", "{kind: image, field: layout}"
     both = f"model.conditioner={{kind: joined, parts: [{words}, {layout}]}}"

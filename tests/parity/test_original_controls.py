@@ -4,6 +4,7 @@ The files are written here from diffusers' weights by what the publishers' own c
 (Stability-AI/sd3.5: sd3_impls.py, sd3_infer.py, dit_embedder.py; XLabs-AI/x-flux: src/flux/controlnet.py).
 """
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,25 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_flux import pipeline_of as flux_pipeline
+from test_sd3_pipeline import made as sd3_pipeline
 from test_transformer_controls import FLUX, KINDS, SD3, answers, picture, same
 from tests.clip import randomised
 from torch import Tensor
 
+from sfumato import load
+from sfumato.cli import main
 from sfumato.codecs import Latents
 from sfumato.controls import controls_of
 from sfumato.errors import CheckpointError, ConfigError
 from sfumato.image_conditions import Hint
+from sfumato.io.controls import is_control
 from sfumato.io.families import transformer_controls
 from sfumato.io.families.controlnet import hint_of, original, read_control, write_control
 from sfumato.io.inspect import inspected
+from sfumato.io.parts import write_json
+from sfumato.io.pretrained import read_json
+from sfumato.io.published import save_file as save_single
 from sfumato.nets.control_flux import FluxControl, FluxControlConfig
 from sfumato.nets.control_mmdit import MMDiTControl, MMDiTControlConfig
 from sfumato.nets.flux import PRESETS as FLUX_PRESETS
@@ -195,6 +204,142 @@ def test_published_sizes() -> None:
     assert xlabs["pos_embed_input.weight"].shape == (3072, 64) and xlabs["img_in.weight"].shape == (3072, 64)
     assert xlabs["input_hint_block.14.weight"].shape == (16, 16, 3, 3)
     assert len(xlabs) == 2 * (2 * (10 + 2) + 2) + 2 * (3 + 6 + 8)
+
+
+def converted(source: Path, target: Path, to: str, *more: str) -> Path:
+    with pytest.raises(SystemExit) as left:
+        main(["convert", str(source), str(target), "--to", to, *more])
+    assert left.value.code == 0
+    return target
+
+
+def same_files(one: Path, other: Path) -> None:
+    names = [sorted(path.relative_to(place) for path in place.rglob("*") if path.is_file()) for place in (one, other)]
+    assert names[0] == names[1] and all((one / n).read_bytes() == (other / n).read_bytes() for n in names[0])
+
+
+def file_of(kind: str, place: Path) -> Path:
+    """A publisher's file of a control; of a U-Net's with 8 heads and groups of 32, which such a file does not tell."""
+    if kind in ("stability", "xlabs"):
+        return written(kind, their(kind), place, kind=1)
+    words = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
+    told = {"block_out_channels": (32, 64), "cross_attention_dim": 12, "layers_per_block": 1, "attention_head_dim": 8}
+    if kind == "xl":  # whose heads are 64 wide
+        words = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
+        told |= {"block_out_channels": (64, 128), "attention_head_dim": [1, 2], "transformer_layers_per_block": (1, 2)}
+        told |= {"use_linear_projection": True, "addition_embed_type": "text_time"}
+        told |= {"addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 10 + 6 * 256}
+    control = diffusers.ControlNetModel(**words, **told, conditioning_embedding_out_channels=(4, 6, 10, 14))
+    randomised(control, 1).save_pretrained(place / "theirs")
+    file = place / f"{kind}.safetensors"
+    save_file(original(read_control(place / "theirs")), file)
+    return file
+
+
+@pytest.mark.parametrize("kind", ["stability", "xlabs", "sd", "xl"])
+def test_the_command_writes_each_layout_and_goes_back(kind: str, tmp_path: Path) -> None:
+    """From the publisher's file the same bytes in the end, and diffusers' own modules from its folder."""
+    file = file_of(kind, tmp_path)
+    state = read_control(file).state_dict()
+    ours = converted(file, tmp_path / "ours", "sfumato")
+    folder = converted(ours, tmp_path / "folder", "diffusers")
+    again = converted(folder, tmp_path / "again.safetensors", "single-file")
+    there, back = load_file(file), load_file(again)
+    assert there.keys() == back.keys() and all(torch.equal(back[key], value) for key, value in there.items())
+    same_files(converted(folder, tmp_path / "a", "sfumato"), ours)
+    same_files(converted(file, tmp_path / "b", "diffusers"), folder)
+    assert converted(ours, tmp_path / "c.safetensors", "single-file").read_bytes() == again.read_bytes()
+    for place in (ours, folder, again):
+        control = read_control(place)
+        assert all(torch.equal(value, state[key]) for key, value in control.state_dict().items())
+    config = read_json(folder / "config.json")
+    made = getattr(diffusers, config["_class_name"])
+    if kind != "xlabs":  # whose widths of the picture's convolutions diffusers' config has no word for
+        expected = made.from_pretrained(folder).state_dict()
+        assert expected.keys() == load_file(folder / "diffusion_pytorch_model.safetensors").keys()
+    said = inspected(ours)
+    assert said["kind"] == "ControlNet" and said["parts"]["control"]["parameters"] == sum(
+        v.numel() for v in state.values()
+    )
+    half = converted(ours, tmp_path / "half.safetensors", "single-file", "--dtype", "fp16")
+    kinds = {value.dtype for value in load_file(half).values()}
+    assert kinds == {torch.float16} | ({torch.int32} if kind == "stability" else set())
+
+
+def test_a_control_of_ours_guides_as_its_file(tmp_path: Path) -> None:
+    theirs = their("stability")
+    ours = converted(written("stability", theirs, tmp_path), tmp_path / "ours", "sfumato")
+    same(*answers("sd3.5 large", theirs, read_control(ours)))
+    with pytest.raises(CheckpointError, match="which draws nothing alone"):
+        load(ours, "cpu")
+    weights = ours / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\1\2\3")
+    with pytest.raises(CheckpointError):
+        read_control(ours)
+
+
+def test_the_model_around_a_control_is_left_out_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = file_of("sd", tmp_path)
+    extra = {"model.diffusion_model.out.2.weight": torch.ones(4, 4), "cond_stage_model.a": torch.ones(2)}
+    save_file(load_file(file) | extra, tmp_path / "whole.safetensors")
+    capsys.readouterr()
+    back = converted(tmp_path / "whole.safetensors", tmp_path / "alone.safetensors", "single-file", "--json")
+    assert json.loads(capsys.readouterr().out)["left_out"].startswith("2 weights that no control reads (cond_stage_")
+    assert load_file(back).keys() == load_file(file).keys()
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "said"),
+    [
+        ("flux", {}, "only of those of FLUX.1 that read pixels"),
+        ("flux union", {}, "of 7 kinds of pictures, that reads latents"),
+        ("sd3", {}, "only of Stable Diffusion 3.5 Large's"),
+        ("sd3.5 large", {"force_zeros_for_pooled_projection": True, "qk_norm": None}, "unpooled True"),
+        ("unet", {"attention_head_dim": 4}, "heads (4, 4)"),
+        ("unet", {"norm_num_groups": 16}, "groups 16"),
+        ("unet", {"controlnet_conditioning_channel_order": "bgr"}, "bgr True"),
+    ],
+)
+def test_controls_that_no_file_can_hold_are_refused(
+    kind: str, changes: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, options = KINDS.get(kind) or (
+        "ControlNetModel",
+        {
+            "block_out_channels": (32, 64),
+            "layers_per_block": 1,
+            "cross_attention_dim": 12,
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "attention_head_dim": 8,
+        },
+    )
+    randomised(getattr(diffusers, name)(**{**options, **changes}), 1).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(SystemExit) as left:
+        main(["convert", str(tmp_path / "theirs"), str(tmp_path / "file.safetensors"), "--to", "single-file"])
+    told = " ".join(capsys.readouterr().err.split())
+    assert left.value.code == 2 and said in told and "--to diffusers" in told
+    assert not (tmp_path / "file.safetensors").exists()
+    ours = converted(tmp_path / "theirs", tmp_path / "ours", "sfumato")
+    same_files(converted(converted(ours, tmp_path / "a", "diffusers"), tmp_path / "b", "sfumato"), ours)
+
+
+def test_a_kind_of_control_that_is_not_known_is_named(tmp_path: Path) -> None:
+    write_json(tmp_path / "odd" / "config.json", {"_class_name": "ControlNetUnionModel"})
+    with pytest.raises(CheckpointError, match="a control of a kind that is not known"):
+        is_control(tmp_path / "odd")
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_a_model_under_control_goes_into_no_single_file(family: str, tmp_path: Path) -> None:
+    """In which its control would be lost."""
+    pipe = sd3_pipeline(tmp_path, True) if family == "sd3" else flux_pipeline(tmp_path, "dev")
+    kind = "StableDiffusion3ControlNetPipeline" if family == "sd3" else "FluxControlNetPipeline"
+    name, options = KINDS["sd3 without norms" if family == "sd3" else "flux"]
+    control = randomised(getattr(diffusers, name)(**options), 1)
+    getattr(diffusers, kind)(**pipe.components, controlnet=control).save_pretrained(tmp_path / "controlled")
+    with pytest.raises(ConfigError, match="a single file holds no control"):
+        save_single(tmp_path / "file.safetensors", load(tmp_path / "controlled", "cpu").model)
+    assert not is_control(tmp_path / "controlled") and is_control(tmp_path / "controlled" / "controlnet")
 
 
 def test_what_cannot_be_is_named(tmp_path: Path) -> None:

@@ -74,6 +74,23 @@ def latents() -> torch.Tensor:
     return torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
 
 
+def test_how_much_changes_where_nothing_is_said(
+    whole: tuple[Any, Path], base: tuple[Any, Path], latents: torch.Tensor, tmp_path: Path
+) -> None:
+    """As much as by diffusers, from a folder, a file, and a model of ours; the base model recommends nothing."""
+    expected = theirs(whole[0], latents)
+    refiner = load(whole[1], "cpu")
+    save_model(tmp_path / "ours", refiner.model, {})
+    save_published(tmp_path / "folder", refiner.model)
+    save_file(tmp_path / "refiner.safetensors", refiner.model)
+    for place in (whole[1], tmp_path / "ours", tmp_path / "folder", tmp_path / "refiner.safetensors"):
+        assert inspected(place)["sampling"]["strength"] == 0.3
+        parts = whole[1] if place.is_file() else None
+        drawn = load(place, "cpu", parts=parts).sample("a red circle", image=latents, **SETTINGS)
+        assert apart(drawn.images[0], expected) < 0.51 / 255 and drawn.settings[0]["strength"] == 0.3
+    assert load(base[1], "cpu").settings().strength is None and "strength" not in inspected(base[1])["sampling"]
+
+
 def theirs(pipe: Any, latents: torch.Tensor, **options: Any) -> np.ndarray[Any, Any]:
     rng = torch.Generator().manual_seed(7)
     asked = {"num_inference_steps": 8, "guidance_scale": 4.0, "original_size": (16, 16), "target_size": (16, 16)}

@@ -194,6 +194,7 @@ def test_a_step_never_waits_for_the_device(name, options, path) -> None:
         ("ipndm", {}, 6),
         ("unipc", {}, 7),
         ("unipc", {"order": 3}, 9),
+        ("exp_abm", {}, 8),
         ("dpm_3", {}, 4),
         ("rk4", {}, 6),
     ],

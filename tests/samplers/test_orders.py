@@ -24,6 +24,7 @@ VARIANTS = [
     *[("ipndm", {"order": p, "variable": "sigma", **START}, p) for p in (2, 4)],
     *[("unipc", {"order": p, "variant": v, **START}, p + 1) for p in (1, 2) for v in ("bh1", "bh2")],
     *[("unipc", {"order": p, "corrector": False, **START}, p) for p in (1, 2, 3)],
+    *[("exp_abm", {"order": p}, p + 1) for p in (1, 2)],
     ("dpmpp_2m", {"form": "heun"}, 2),
     ("dpmpp_2m", {"of": "noise"}, 2),
     ("dpmpp_2m", {"of": "noise", "form": "heun"}, 2),
@@ -81,6 +82,11 @@ def test_a_ramp_caps_the_order_and_a_runge_kutta_start_does_not(name, options, r
     """A step of first order at the start is an error of h^2. From half log_snr 0 on, where it is not a small one."""
     assert order(name, PATHS["linear"], low=0.0, start="ramp", **options) == pytest.approx(ramp, abs=0.25)
     assert order(name, PATHS["linear"], low=0.0, start="runge_kutta", **options) == pytest.approx(ramp + 1, abs=0.25)
+
+
+@pytest.mark.parametrize("p", [2, 3])
+def test_the_first_step_of_exp_abm_caps_its_order_at_3(p) -> None:
+    assert order("exp_abm", PATHS["linear"], low=0.0, order=p) == pytest.approx(3, abs=0.25)
 
 
 @pytest.mark.parametrize("name", [name for name, line in DETERMINISTIC.items() if line.order > 0 and not line.inverse])

@@ -13,12 +13,12 @@ from sfumato.config import Config
 from sfumato.data.pairs import Paired, PairStore
 from sfumato.data.scenes import Scenes
 from sfumato.errors import ConfigError, Interrupted
-from sfumato.grids import logistic
+from sfumato.grids import fitted
 from sfumato.guidance import CFG, given, guided
 from sfumato.overlay import load_config
 from sfumato.pipeline import load
 from sfumato.samplers import drive
-from sfumato.samplers.adams import ipndm
+from sfumato.samplers.adams_moulton import exp_abm
 from sfumato.train import pairs as making
 from sfumato.train import train
 from sfumato.train.keys import generator
@@ -93,7 +93,7 @@ def test_pairs_are_the_ends_of_the_teachers_flow(tmp_path: Path, teacher: Path, 
         cond, null = model.cond(fields), model.cond([{}] * 4)
         denoise = guided(model, model.denoiser.path, given(CFG(scale=3.0), cond, lambda: null))
         path = model.denoiser.path
-        ends = drive(ipndm(path, noise[4:8], logistic(path, 3), variable="angle"), denoise)
+        ends = drive(exp_abm(path, noise[4:8], fitted(path, 3, pixels=32 * 32)), denoise)
     torch.testing.assert_close(torch.from_numpy(found[4:8, 0]), ends, rtol=1e-4, atol=1e-4)
 
 

@@ -1,6 +1,8 @@
 """`sfumato convert`: a model in another layout."""
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -24,8 +26,8 @@ def convert(
     trust: bool = typer.Option(False, "--trust", help="Run code that a model directory names and that is not ours."),
     json: bool = typer.Option(False, "--json", help="As JSON."),
 ) -> None:
-    """Write a model, or an autoencoder that was trained alone, in another layout. Nothing of it is lost: the way back
-    gives the same bytes. What others keep in their files and no model reads is left out, and said.
+    """Write a model, a ControlNet, or an autoencoder that was trained alone, in another layout. Nothing of it is lost:
+    the way back gives the same bytes. What others keep in their files and no model reads is left out, and said.
 
     sfumato convert stable-diffusion-v1-5 models/sd15 --to sfumato
     """
@@ -34,7 +36,9 @@ def convert(
             raise ConfigError("no such choice", where=name, seen=given, fix=nearest(given, known))
     if target.exists():
         raise ConfigError("this exists already", where=str(target), fix="choose another name, or move it away")
+    from sfumato.io.controls import is_control, left_out, save_control
     from sfumato.io.directory import load_autoencoder, save_model
+    from sfumato.io.families.controlnet import read_control
     from sfumato.io.models import model_folder
     from sfumato.io.published import save_file, save_published
     from sfumato.model import Trainable
@@ -42,6 +46,12 @@ def convert(
     from sfumato.pipeline import load
 
     folder = model_folder(source)
+    if is_control(folder):
+        control = read_control(folder)
+        save_control(target, control, to, KINDS[dtype])
+        left = left_out(folder) if folder.is_file() else None
+        _told(target, to, dtype, control.state_dict().values(), left, json)
+        return
     alone = load_autoencoder(folder) if (folder / "model.json").is_file() else None
     model: Trainable = alone or load(source, "cpu", trust=trust, parts=parts).model
     if to == "sfumato":
@@ -50,8 +60,12 @@ def convert(
         save_file(target, model, dtype=KINDS[dtype])
     else:
         save_published(target, model, dtype=KINDS[dtype])
-    count = sum(value.numel() for value in model.weights().values())
     left = model.facts.get("left out") if folder.is_file() else None
+    _told(target, to, dtype, model.weights().values(), left, json)
+
+
+def _told(target: Path, to: str, dtype: str, weights: Iterable[Any], left: str | None, json: bool) -> None:
+    count = sum(value.numel() for value in weights)
     if json:
         as_json({"path": str(target), "layout": to, "dtype": dtype, "weights": count, "left_out": left})
         return

@@ -37,7 +37,9 @@ def sample(
     ),
     image: Path | None = typer.Option(None, "--image", help="A picture to start from."),
     strength: float | None = typer.Option(
-        None, "--strength", help="How much of it may change, above 0 up to 1. [default: 0.6; 1 with a mask]"
+        None,
+        "--strength",
+        help="How much of it may change, above 0 up to 1. [default: the model's; or 0.6, 1 with a mask]",
     ),
     mask: Path | None = typer.Option(None, "--mask", help="A picture that is white where --image may change."),
     control: list[str] | None = typer.Option(

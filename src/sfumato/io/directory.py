@@ -30,6 +30,7 @@ from sfumato.registry import target_of
 
 FORMAT, VERSION = "sfumato", 1
 SPEC = ("model", "size", "sampling")
+CONTROL = "control"  # of the section `model` of a control alone, see `sfumato.io.controls`
 KEYS = {"model": dict, "size": list, "sampling": dict, "files": list, "facts": dict}
 
 
@@ -51,13 +52,24 @@ def save_model(
     if any(".base_layer." in name for name in kept):
         what, fix = "an adapter stands beside the weights", "merge it, or take it away, before saving"
         raise ConfigError(what, where=str(folder), seen="a model with LoRA", fix=fix)
+    write_directory(folder, model.spec, kept, facts, model.files(), dtype)
+
+
+def write_directory(
+    folder: Path,
+    spec: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    extra: Mapping[str, bytes],
+    dtype: torch.dtype,
+) -> None:
+    """A model directory of its description (`SPEC`), its weights, and other files that belong to it."""
 
     def fill(place: Path) -> None:
-        write_weights(place / "model.safetensors", kept, dtype)
-        extra = model.files()
+        write_weights(place / "model.safetensors", weights, dtype)
         for name, data in extra.items():
             (place / name).write_bytes(data)
-        said = {"format": FORMAT, "version": VERSION, **model.spec, "facts": dict(facts), "files": sorted(extra)}
+        said = {"format": FORMAT, "version": VERSION, **spec, "facts": dict(facts), "files": sorted(extra)}
         (place / "model.json").write_text(json.dumps(said, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     files.publish(Path(folder), fill, replace=True)
@@ -79,6 +91,9 @@ def load_model(
     """
     folder = Path(folder)
     said = read_description(folder)
+    if CONTROL in said["model"]:
+        what, fix = "this is a control, which draws nothing alone", f"sfumato sample MODEL --control {folder}:PICTURE"
+        raise CheckpointError(what, where=str(folder), seen="no net", fix=fix)
     if _is_alone(said):
         fix = f"model.codec={{kind: latents, weights: {folder}}} trains a model in its latents"
         raise CheckpointError("this is an autoencoder, which draws nothing", where=str(folder), seen="no net", fix=fix)
@@ -130,7 +145,7 @@ def load_autoencoder(folder: Path) -> AutoencoderModel | None:
 
 def _is_alone(said: Mapping[str, Any]) -> bool:
     """Whether a description is of an autoencoder without a network."""
-    return "net" in said["model"] and said["model"]["net"] is None
+    return "net" in said["model"] and said["model"]["net"] is None and CONTROL not in said["model"]
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -189,6 +204,16 @@ def write_weights(
     if metadata:
         _order_header(path)
     path.chmod(mode)  # the library's own files are for their owner alone
+
+
+def write_file(file: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """The same, whole or not at all."""
+    partial = Path(file).with_name(f".{Path(file).name}.partial")
+    try:
+        write_weights(partial, weights, dtype)
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _order_header(path: Path) -> None:

@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 
 from sfumato.errors import CheckpointError
 from sfumato.hub import sketched
-from sfumato.io.directory import read_description
+from sfumato.io.directory import CONTROL, read_description
 from sfumato.io.families.pixel_unet import is_of_two_axes
 from sfumato.io.family import families
-from sfumato.io.parts import INDEX, part_of
+from sfumato.io.parts import INDEX, part_of, read_own
 from sfumato.io.pretrained import read_json, read_state
 from sfumato.stored import ADAPTERS, FILES, LORAS, PICKLES
 
@@ -124,6 +124,9 @@ def _said(path: Path, read: Read, where: str) -> dict[str, Any]:
 def _own(folder: Path, read: Read) -> dict[str, Any]:
     said, found = read_description(folder), read(folder / "model.safetensors")
     section = said["model"]
+    if CONTROL in section:
+        counted = {"control": found.under([f"{CONTROL}."]).counted()}
+        return {"kind": "ControlNet", "family": None, "class": _kind(section[CONTROL]), "parts": counted}
     parts = {name.split(".")[0] for name in found.shapes}
     return {
         "kind": "model of sfumato",
@@ -172,9 +175,15 @@ def _diffusers(folder: Path, read: Read) -> dict[str, Any]:
         "class": kind,
         "scheduler": told.get("_class_name"),
         "prediction": told.get("prediction_type") or ("flow" if flows else None),
+        "sampling": read_own(folder).get("sampling") or _recommended(known.get(kind)),
         "parts": parts,
         "missing": missing,
     }
+
+
+def _recommended(family: str | None) -> dict[str, Any]:
+    """What a family recommends whatever the checkpoint, where it says so."""
+    return dict(getattr(families().get(family or ""), "sampling", {}))
 
 
 def _part(folder: Path, read: Read) -> dict[str, Any]:
@@ -222,6 +231,7 @@ def _file(file: Path, read: Read) -> dict[str, Any]:
         "kind": kind,
         "family": family,
         "prediction": found.metadata.get("modelspec.prediction_type"),
+        "sampling": _recommended(family),
         "parts": {name: part.counted() for name, part in parts.items()},
         **found.counted(),
         **_unread(found),
@@ -264,5 +274,6 @@ def as_text(said: Mapping[str, Any]) -> str:
                 lines.append(f"  {part}{extra}: {counted['parameters']:,} parameters, {kinds}")
         elif value not in (None, {}, []):
             shown = json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else f"{value}"
-            lines.append(f"{name}: {shown if len(shown) <= 200 else shown[:200] + '...'}")
+            whole = len(shown) <= 200 or name == "sampling"  # metadata can be of any length
+            lines.append(f"{name}: {shown if whole else shown[:200] + '...'}")
     return "\n".join(lines)

@@ -10,7 +10,7 @@ import torch
 
 from sfumato import files
 from sfumato.errors import CheckpointError, ConfigError, nearest
-from sfumato.io.directory import write_weights
+from sfumato.io.directory import write_file
 from sfumato.io.families import autoencoder
 from sfumato.io.family import Family, Published, families
 from sfumato.io.fill import fill_weights, unfilled
@@ -18,6 +18,7 @@ from sfumato.io.keymap import ORIGINAL, OURS, renamed, some
 from sfumato.io.parts import INDEX, read_own, write_vae
 from sfumato.io.pretrained import read_json, read_state
 from sfumato.model import AutoencoderModel, Model, Trainable, build_model
+from sfumato.nets.controlled import Controlled
 from sfumato.stored import FILES
 
 
@@ -93,13 +94,11 @@ def save_file(file: Path, model: Trainable, *, dtype: torch.dtype = torch.float3
         weights = renamed(own, lines, OURS, ORIGINAL, str(file))
     else:
         family, whole = _owner(model, "single-file")
+        if isinstance(whole.net, Controlled):
+            what, fix = "a single file holds no control of ours", "--to diffusers, and then its folder controlnet"
+            raise ConfigError(what, where="--to single-file", seen="a network under control", fix=fix)
         weights = family.write_file(whole)
-    partial = Path(file).with_name(f".{Path(file).name}.partial")
-    try:
-        write_weights(partial, weights, dtype)
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_file(file, weights, dtype)
 
 
 def _owner(model: Trainable, layout: str) -> tuple[Family, Model]:

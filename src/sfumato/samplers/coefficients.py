@@ -10,6 +10,9 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
+
+Numbers = NDArray[np.float64]
 
 _POINTS, _WEIGHTS = np.polynomial.legendre.leggauss(32)
 
@@ -23,11 +26,18 @@ def lagrange_integrals(nodes: Sequence[float], start: float, end: float, rate: f
     half = (end - start) / 2
     u = start + half * (1 + _POINTS)
     weight = half * _WEIGHTS * np.exp(rate * (u - end))
-    integrals = []
-    for k, node in enumerate(nodes):
-        factors = [(u - other) / (node - other) for j, other in enumerate(nodes) if j != k]
-        integrals.append(float(np.sum(weight * math.prod(factors))))
-    return integrals
+    return _against_lagrange(nodes, u, weight)
+
+
+def inverse_square_integrals(nodes: Sequence[float], start: float, end: float) -> list[float]:
+    """The integral over u from `end` up to `start`, both above 0, of u^-2 L_k(u), for each node's Lagrange polynomial.
+
+    Summed in log u, where u^-1 is smooth however near to 0 the end is.
+    """
+    half = math.log(end / start) / 2
+    u = start * np.exp(half * (1 + _POINTS))
+    weight = -half * _WEIGHTS / u
+    return _against_lagrange(nodes, u, weight)
 
 
 def moments(h: float, rate: float) -> tuple[float, float, float]:
@@ -35,3 +45,12 @@ def moments(h: float, rate: float) -> tuple[float, float, float]:
     s = (1 + _POINTS) / 2
     weight = h / 2 * _WEIGHTS * np.exp(rate * h * (s - 1))
     return float(np.sum(weight)), float(np.sum(weight * s)), float(np.sum(weight * s**2))
+
+
+def _against_lagrange(nodes: Sequence[float], u: Numbers, weight: Numbers) -> list[float]:
+    """The sums of the weights times each node's Lagrange polynomial at the points u."""
+    sums = []
+    for k, node in enumerate(nodes):
+        factors = [(u - other) / (node - other) for j, other in enumerate(nodes) if j != k]
+        sums.append(float(np.sum(weight * math.prod(factors))))
+    return sums

@@ -24,6 +24,7 @@ from sfumato.errors import ConfigError, DataError, Interrupted
 from sfumato.guidance import given, guided
 from sfumato.names import spelled_out
 from sfumato.samplers import drive
+from sfumato.settings import fitted_grid
 from sfumato.train.cache import digest, identity
 from sfumato.train.keys import generator
 from sfumato.train.step import PRECISIONS
@@ -118,7 +119,7 @@ def flow_end(config: Config, student: Student, raw: Any, noise: Tensor) -> Tenso
     assert teacher is not None  # which its method needs
     path, wanted = teacher.denoiser.path, pairs_of(config)
     said = spelled_out({"sampler": wanted.sampler, "grid": wanted.grid})
-    times = build(said["grid"], "Grid")(path, wanted.steps)
+    times = build(fitted_grid(said["grid"], *noise.shape[2:]), "Grid")(path, wanted.steps)
     guide = given(teacher.guidance, teacher.cond, teacher.null)
     first = times[0].to("cpu", torch.float64)
     spread = math.hypot(float(path.alpha(first)), float(path.sigma(first)))

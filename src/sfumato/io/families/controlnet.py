@@ -5,7 +5,7 @@ skips, and one for the middle. An original file may hold a whole model too, of w
 """
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,25 @@ import torch
 from torch import Tensor
 
 from sfumato.catalogue import build
-from sfumato.errors import CheckpointError, ConfigError
+from sfumato.errors import CheckpointError
+from sfumato.files import verify
 from sfumato.hub import located
 from sfumato.io import parts as shared
-from sfumato.io.directory import read_description, read_weights
+from sfumato.io.directory import CONTROL, read_description, read_weights
 from sfumato.io.families import stable, transformer_controls
 from sfumato.io.family import Published
 from sfumato.io.fill import unfilled
 from sfumato.io.keymap import DIFFUSERS, ORIGINAL, OURS, Line, line, renamed, some
 from sfumato.io.pretrained import read_json, read_state
+from sfumato.nets.control_flux import FluxControlConfig
+from sfumato.nets.control_mmdit import MMDiTControlConfig
 from sfumato.nets.controlled import Control, ControlConfig, Controlled
 from sfumato.nets.controlnet import ControlNet, ControlNetConfig
+from sfumato.nets.flux import FluxConfig
+from sfumato.nets.mmdit import MMDiTConfig
+from sfumato.nets.stable_unet import StableUNetConfig
 from sfumato.stored import FILES
+from sfumato.text.joined import WAVES
 
 PREFIX = "control_model."
 PART = "controlnet"  # the subfolder of a pipeline
@@ -117,20 +124,32 @@ def read_control(path: str | Path) -> Control:
         raise CheckpointError("there is no such control", where=str(path), fix="a folder or a file of weights")
     told = read_json(path / "config.json") if path.is_dir() else {}
     state = {key: value.float() for key, value in read_state(path).items()}
+    return filled(*understood(state, str(path), told), str(path))
+
+
+def understood(
+    state: Mapping[str, Tensor], where: str, told: Mapping[str, Any]
+) -> tuple[ControlConfig, dict[str, Tensor]]:
+    """The shape of the control among some weights, in diffusers' or an original layout, and its own under our names.
+
+    told: a config.json, if there is one. CheckpointError where some are missing, or are no control's.
+    """
     if (kind := transformer_controls.kind_of(state)) is not None:
-        shape = transformer_controls.config_of(kind, state, str(path), told)
+        shape = transformer_controls.config_of(kind, state, where, told)
         layout, state = transformer_controls.layout_of(kind, state), transformer_controls.weights(kind, state)
-        named = renamed(state, transformer_controls.lines(shape), layout, OURS, str(path))
-        return _filled(transformer_controls.class_of(shape), shape, named, str(path))
+        return shape, renamed(state, transformer_controls.lines(shape), layout, OURS, where)
     if any(key.startswith(PREFIX) for key in state):
         state = {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
     layout = ORIGINAL if "time_embed.0.weight" in state else DIFFUSERS
-    config = config_of(state, layout, str(path), told)
-    return _filled(ControlNet, config, renamed(state, lines(config), layout, OURS, str(path)), str(path))
+    config = config_of(state, layout, where, told)
+    return config, renamed(state, lines(config), layout, OURS, where)
 
 
 def _own(folder: Path) -> Control:
-    slot = read_description(folder)["model"]["net"]
+    section = read_description(folder)["model"]
+    if CONTROL in section:
+        return _alone(folder, section[CONTROL])
+    slot = section.get("net")
     if not isinstance(slot, Mapping) or slot.get("kind") != "controlled":
         raise CheckpointError("this model has no control", where=str(folder), fix="a run with a section `control`")
     with unfilled():
@@ -138,14 +157,48 @@ def _own(folder: Path) -> Control:
     assert isinstance(net, Controlled)
     state = read_weights(folder / "model.safetensors")
     mine = {key.removeprefix(SAVED): value for key, value in state.items() if key.startswith(SAVED)}
-    return _filled(type(net.controls[0]), net.controls[0].config, mine, str(folder))  # type: ignore[arg-type]
+    return filled(net.controls[0].config, mine, str(folder))  # type: ignore[arg-type]
 
 
-def _filled(kind: Any, config: ControlConfig, state: dict[str, Tensor], where: str) -> Any:
+SHAPES: dict[str, tuple[type[Any], type[Any]]] = {  # of the kinds of controls, and of the networks that they are of
+    "controlnet": (ControlNetConfig, StableUNetConfig),
+    "control_mmdit": (MMDiTControlConfig, MMDiTConfig),
+    "control_flux": (FluxControlConfig, FluxConfig),
+}
+
+
+def alone(config: ControlConfig) -> dict[str, Any]:
+    """A control's shape as plain data, with its `kind`, as a directory of a control alone says it."""
+    if isinstance(config, FluxControlConfig):  # which may be left to the width of the heads
+        config = replace(config, net=replace(config.net, axes=config.net.turning))
+    return {"kind": next(kind for kind, (shape, _) in SHAPES.items() if isinstance(config, shape)), **asdict(config)}
+
+
+def _alone(folder: Path, said: Any) -> Control:
+    """The inverse, with the weights. CheckpointError for what is missing, altered or unfit."""
+    verify(folder)
+    try:
+        shape, inner = SHAPES[said["kind"]]
+        plain: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in said.items()}
+        of = "unet" if shape is ControlNetConfig else "net"
+        net = {key: tuple(value) if isinstance(value, list) else value for key, value in plain.pop(of).items()}
+        config = shape(**{key: value for key, value in plain.items() if key != "kind"}, **{of: inner(**net)})
+    except (AttributeError, KeyError, TypeError) as error:
+        what = "model.json describes no control of this version"
+        raise CheckpointError(what, where=str(folder), seen=str(error)) from None
+    head = f"{CONTROL}."
+    state = {key.removeprefix(head): value for key, value in read_weights(folder / "model.safetensors").items()}
+    return filled(config, state, str(folder))
+
+
+def filled(config: ControlConfig, state: Mapping[str, Tensor], where: str) -> Any:
+    """The control of a shape with some weights, in evaluation mode. CheckpointError where they do not fit."""
+    kind: Any = ControlNet if isinstance(config, ControlNetConfig) else transformer_controls.class_of(config)
     with torch.random.fork_rng(devices=[]), unfilled():
         made = kind(config)
     own = made.state_dict()
     faults = [f"{key} is missing" for key in own.keys() - state.keys()]
+    faults += [f"{key} is none of its weights" for key in state.keys() - own.keys()]
     faults += [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
     if faults:
         raise CheckpointError("weights do not fit a control", where=where, seen=some(faults))
@@ -237,10 +290,13 @@ def original(control: Control) -> dict[str, Tensor]:
 
 def _config(config: ControlNetConfig) -> dict[str, Any]:
     unet = config.unet
-    if unet.pooled_dim:
-        seen = "a control that is told a vector"
-        raise ConfigError("SDXL is not written yet", where="--to diffusers", seen=seen, fix="--to sfumato")
-    return {
+    *depths, last = unet.depths
+    told = {  # SDXL's: the pooled prompt, and six sizes as sinusoids
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": WAVES,
+        "projection_class_embeddings_input_dim": unet.pooled_dim,
+    }
+    return (told if unet.pooled_dim else {}) | {
         "_class_name": "ControlNetModel",
         "_diffusers_version": shared.VERSION,
         "act_fn": "silu",
@@ -254,6 +310,6 @@ def _config(config: ControlNetConfig) -> dict[str, Any]:
         "in_channels": unet.in_channels,
         "layers_per_block": unet.blocks,
         "norm_num_groups": unet.groups,
-        "transformer_layers_per_block": [depth or 1 for depth in unet.depths],
+        "transformer_layers_per_block": [*(depth or 1 for depth in depths), last or unet.middle or 1],
         "use_linear_projection": unet.linear,
     }

@@ -35,6 +35,7 @@ class SDXL:
     pipelines: tuple[str, ...] = ("StableDiffusionXLPipeline",)
     kind = "xl"  # of its single files
     encoders: tuple[str, ...] = ENCODERS
+    sampling: Mapping[str, Any] = SAMPLING
 
     def read_folder(self, folder: Path, index: Mapping[str, Any]) -> Published:
         found = [part for part in ENCODERS if any(index.get(part) or [None])]
@@ -55,7 +56,7 @@ class SDXL:
         }
         size = [int(side) * factor for side in shared.pair(net_slot["size"])]
         state = net | autoencoder | text
-        return Published(section, size, {**SAMPLING, **sampling}, state, files, shared.facts_of(folder, index))
+        return Published(section, size, {**self.sampling, **sampling}, state, files, shared.facts_of(folder, index))
 
     def owns(self, model: Model) -> bool:
         text = model.conditioner
@@ -93,7 +94,7 @@ class SDXL:
         told = read_json(index) if index is not None and index.is_file() else {}
         usual = {"force_zeros_for_empty_prompt": self.kind == "xl", SCORED: self.kind == "refiner"}
         slot = conditioner(self.encoders, parts, usual | told)
-        return stable_files.read(state, file, parts, slot, SAMPLING)
+        return stable_files.read(state, file, parts, slot, dict(self.sampling))
 
     def write_file(self, model: Model) -> dict[str, Tensor]:
         return stable_files.write(model, self.kind)
@@ -105,6 +106,7 @@ class SDXLRefiner(SDXL):
     pipelines = ("StableDiffusionXLImg2ImgPipeline",)
     kind = "refiner"
     encoders = ENCODERS[1:]
+    sampling: Mapping[str, Any] = {**SAMPLING, "strength": 0.3}  # it knows little noise alone
 
     def _reads(self, text: Texts) -> bool:
         return text.sizes and (text.score or len(text.texts) == 1)

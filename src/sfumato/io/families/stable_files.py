@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from sfumato.codecs import Latents
-from sfumato.errors import CheckpointError, ConfigError
+from sfumato.errors import CheckpointError
 from sfumato.io import parts as shared
 from sfumato.io.families import autoencoder, encoders, stable
 from sfumato.io.families.encoders import SD1, SD2, SDXL, SDXL_REFINER, Place
@@ -20,7 +20,6 @@ from sfumato.io.family import Published
 from sfumato.io.keymap import ORIGINAL, OURS, renamed, some
 from sfumato.io.pretrained import codec_of, read_json
 from sfumato.model import Model
-from sfumato.nets.controlled import Controlled
 from sfumato.nets.stable_unet import StableUNet
 
 VAE = autoencoder.PREFIXES[0]
@@ -104,9 +103,6 @@ def write(model: Model, kind: str) -> dict[str, Tensor]:
     """The inverse: a model's weights as the original file of a version names them."""
     net, codec = model.net, model.codec
     conditioner = shared.text_of(model.conditioner) or model.conditioner
-    if isinstance(net, Controlled):
-        what, fix = "a single file holds no control of ours", "--to diffusers"
-        raise ConfigError(what, where="--to single-file", seen="a network under control", fix=fix)
     assert isinstance(net, StableUNet) and isinstance(codec, Latents) and conditioner is not None
     state = renamed(net.state_dict(), stable.lines(net.config), OURS, ORIGINAL, "the network")
     out = {f"{stable.PREFIX}{key}": value for key, value in state.items()}

@@ -7,7 +7,7 @@ pooled prompt is hidden from the control. Of original files it is what was publi
 kind of picture they are (`control_type`), and that for edges was trained on pictures 127.5 x + 0.5 of x in [0, 1].
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -32,14 +32,14 @@ STRETCHED = "stretched_hint"  # of a config.json, where this library wrote it
 Config = MMDiTControlConfig | FluxControlConfig
 
 
-def kind_of(state: Mapping[str, Tensor]) -> str | None:
-    """The class of diffusers whose weights these are, in either layout; None for another."""
-    return next((kind for kind in MARKS if MARKS[kind] in state or ORIGINALS[kind] in state), None)
+def kind_of(names: Collection[str]) -> str | None:
+    """The class of diffusers whose weights have these names, in either layout; None for another."""
+    return next((kind for kind in MARKS if MARKS[kind] in names or ORIGINALS[kind] in names), None)
 
 
-def layout_of(kind: str, state: Mapping[str, Tensor]) -> str:
+def layout_of(kind: str, names: Collection[str]) -> str:
     """The layout of a control's weights."""
-    return ORIGINAL if ORIGINALS[kind] in state else DIFFUSERS
+    return ORIGINAL if ORIGINALS[kind] in names else DIFFUSERS
 
 
 def class_of(config: Config) -> type[MMDiTControl] | type[FluxControl]:
@@ -66,14 +66,27 @@ def original(control: MMDiTControl | FluxControl) -> dict[str, Tensor]:
     """The weights as Stability's or XLabs' file names them. ConfigError for shapes that have no such file."""
     config, names = control.config, lines(control.config)
     own = control.state_dict()
-    fits = config.shares and not config.net.context_dim if isinstance(config, MMDiTControlConfig) else bool(config.hint)
+    if isinstance(config, MMDiTControlConfig):
+        known, fits = "Stable Diffusion 3.5 Large's (Stability AI)", config.shares and not config.net.context_dim
+    else:
+        known, fits = "those of FLUX.1 that read pixels (XLabs)", bool(config.hint)
+        fits = fits and not (config.modes or config.net.single)
     if not fits or config.net.dim == config.net.pooled_dim:
-        what, fix = "no publisher has files of such a control", "--to diffusers"
-        raise ConfigError(what, where="--to single-file", seen=type(control).__name__, fix=fix)
+        what = f"no publisher has files of such a control, only of {known}"
+        seen = f"{type(control).__name__} {_kind(config)}"
+        raise ConfigError(what, where="--to single-file", seen=seen, fix="--to diffusers")
     out = renamed(own, names, OURS, ORIGINAL, "control")
     if isinstance(config, MMDiTControlConfig):
         out[TYPE] = torch.tensor([CANNY if config.stretched else 0], dtype=torch.int32)
     return out
+
+
+def _kind(config: Config) -> str:
+    """What sets a control apart, in words."""
+    if isinstance(config, MMDiTControlConfig):
+        return "told the words" if config.net.context_dim else "with a way in of its own" if not config.shares else ""
+    read = "pixels" if config.hint else "latents"
+    return f"of {config.modes} kinds of pictures, that reads {read}" if config.modes else f"that reads {read}"
 
 
 def described(config: Config) -> dict[str, Any]:
