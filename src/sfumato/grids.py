@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sfumato.errors import ConfigError
 from sfumato.paths import Linear, Path, Tabulated, log_snr
+from sfumato.quantiles import beta_quantile
 
 Grid = Callable[..., Tensor]  # (path, n, **options) -> (n + 1,) float64, strictly falling, ending in 0
 
@@ -93,7 +94,7 @@ def beta_time(path: Path, n: int, *, alpha: float = 0.6, beta: float = 0.6, star
     """
     steps, _ = _steps(path, n, start)
     u = 1 - torch.arange(n, dtype=torch.float64) / n
-    return _at_indices(path, _beta_quantile(u, alpha, beta) * (steps - 1))
+    return _at_indices(path, beta_quantile(u, alpha, beta) * (steps - 1))
 
 
 # Noise levels
@@ -194,7 +195,7 @@ def beta_sigma(
     sigma_min, sigma_max: as for `karras`.
     """
     high, low = _range(path, start, sigma_min, sigma_max)
-    return _to_data(path, low + (high - low) * _beta_quantile(1 - _even(n), alpha, beta), start)
+    return _to_data(path, low + (high - low) * beta_quantile(1 - _even(n), alpha, beta), start)
 
 
 def ays(path: Path, n: int, *, start: float = 1.0, model: Literal["sd15", "sdxl", "svd"] = "sd15") -> Tensor:
@@ -408,54 +409,3 @@ def _at_indices(path: Path, indices: Tensor) -> Tensor:
     """The times of indices, falling, with 0 after them."""
     times = path.at(indices) if isinstance(path, Tabulated) else (indices + 1) / STEPS
     return torch.cat([times, indices.new_zeros(1)])
-
-
-def _beta_quantile(u: Tensor, a: float, b: float) -> Tensor:
-    """The numbers that shares u of a beta distribution lie below: the inverse of `_beta_share`, (n,)."""
-    log_norm = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
-    return torch.tensor([_beta_root(v, a, b, log_norm) for v in u.tolist()], dtype=torch.float64)
-
-
-def _beta_root(u: float, a: float, b: float, log_norm: float) -> float:
-    """One such number, by Newton's method, which is not let out of a shrinking bracket."""
-    if u > 0.5:  # a small number keeps its digits, a number near 1 does not
-        return 1 - _beta_root(1 - u, b, a, log_norm)
-    if u <= 0:
-        return 0.0
-    low, high = 0.0, 1.0
-    x = min(math.exp((math.log(u * a) - log_norm) / a), 0.5)  # its leading term
-    for _ in range(200):
-        error = _beta_share(x, a, b, log_norm) - u
-        low, high = (x, high) if error < 0 else (low, x)
-        density = math.exp(log_norm + (a - 1) * math.log(x) + (b - 1) * math.log1p(-x))
-        step = x - error / density
-        new = step if low < step < high else (low + high) / 2
-        if abs(new - x) <= 1e-15 * new:
-            return new
-        x = new
-    return x
-
-
-def _beta_share(x: float, a: float, b: float, log_norm: float) -> float:
-    """The regularised incomplete beta function, by its continued fraction (Lentz), where it converges fast."""
-    if x > (a + 1) / (a + b + 2):
-        return 1 - _beta_share(1 - x, b, a, log_norm)
-    tiny = 1e-300
-    c, d = 1.0, 1 / _away(1 - (a + b) * x / (a + 1), tiny)
-    whole = d
-    for m in range(1, 300):
-        for top in (
-            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
-            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
-        ):
-            d = 1 / _away(1 + top * d, tiny)
-            c = _away(1 + top / c, tiny)
-            factor = c * d
-            whole *= factor
-        if abs(factor - 1) < 1e-16:
-            break
-    return math.exp(log_norm + a * math.log(x) + b * math.log1p(-x)) * whole / a
-
-
-def _away(value: float, tiny: float) -> float:
-    return value if abs(value) > tiny else tiny
