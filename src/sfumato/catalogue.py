@@ -300,7 +300,7 @@ FAMILIES = {
     "sdxl": "sfumato.io.families.sdxl:SDXL",
     "sdxl_refiner": "sfumato.io.families.sdxl:SDXLRefiner",
     "stable_diffusion_3": "sfumato.io.families.stable_diffusion_3:StableDiffusion3",
-    "dit": "sfumato.io.families.dit:DiTFamily",
+    "dit": "sfumato.io.families.dit_sit:DiTFamily",
     "pixart": "sfumato.io.families.pixart:PixArt",
     "ddpm": "sfumato.io.families.ddpm:DDPM",
     "consistency": "sfumato.io.families.consistency:Consistency",
