@@ -10,7 +10,7 @@ from tests import clip, t5
 from torch import Tensor
 
 from sfumato.conditioners import Conditioner
-from sfumato.io.parts import read_text, write_text
+from sfumato.io.text_parts import read_text, write_text
 from sfumato.text import Text, Texts
 
 diffusers = pytest.importorskip("diffusers")

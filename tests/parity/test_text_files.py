@@ -13,7 +13,7 @@ from sfumato.errors import CheckpointError
 from sfumato.io.families import encoders
 from sfumato.io.families.encoders import FLUX, SD1, SD2, SD3, SDXL, SDXL_REFINER, Place
 from sfumato.io.keymap import DIFFUSERS, ORIGINAL, renamed
-from sfumato.io.parts import read_text_file, text_for_file
+from sfumato.io.text_parts import read_text_file, text_for_file
 from sfumato.text import CLIP, PROJECTED, T5, Text, Texts, published
 
 diffusers = pytest.importorskip("diffusers")

@@ -17,6 +17,7 @@ from sfumato.errors import CheckpointError
 from sfumato.files import verify
 from sfumato.hub import located
 from sfumato.io import parts as shared
+from sfumato.io import text_parts
 from sfumato.io.directory import CONTROL, read_description, read_weights
 from sfumato.io.families import stable, transformer_controls
 from sfumato.io.family import Published
@@ -255,7 +256,7 @@ def beside(found: Published, folder: Path, index: Mapping[str, Any], base: Any) 
     text = {name: value for name, value in found.state.items() if name.startswith(head)}
     rest = {name: value for name, value in found.state.items() if not name.startswith(("net.", head))}
     conditioner = found.section["conditioner"]
-    slot, moved, files = shared.join_text(conditioner, text, found.files, hint_of(control.config))
+    slot, moved, files = text_parts.join_text(conditioner, text, found.files, hint_of(control.config))
     net = slot_of(control.config, found.section["net"], base)
     section = {**found.section, "net": net, "conditioner": slot}
     return replace(found, section=section, state=rest | joined(inner, control) | moved, files=files)

@@ -17,6 +17,7 @@ from sfumato.codecs import Latents
 from sfumato.errors import CheckpointError, ConfigError
 from sfumato.image_conditions import Hint, ImageMap, Inpainting
 from sfumato.io import parts as shared
+from sfumato.io import text_parts
 from sfumato.io.families import controlnet, flux
 from sfumato.io.families.transformer_controls import FLUX as FLUX_CONTROL
 from sfumato.io.family import Published
@@ -62,7 +63,7 @@ class Flux1:
         return controlnet.beside(found, folder, index, shape) if controlnet.PART in index else found
 
     def owns(self, model: Model) -> bool:
-        text = shared.texts_of(model.conditioner, *PICTURES)
+        text = text_parts.texts_of(model.conditioner, *PICTURES)
         return (
             isinstance(controlnet.parted(model.net)[0], Flux)
             and isinstance(model.codec, Latents)
@@ -73,7 +74,7 @@ class Flux1:
 
     def write_folder(self, place: Path, model: Model, dtype: torch.dtype) -> None:
         (net, control), codec = controlnet.parted(model.net), model.codec
-        texts, other = shared.beside_pictures(model.conditioner, *PICTURES)
+        texts, other = text_parts.beside_pictures(model.conditioner, *PICTURES)
         assert isinstance(net, Flux) and isinstance(codec, Latents) and isinstance(texts, Texts)
         _checked(model, net, "diffusers")
         kind, parts = _pipeline(other), dict(INDEX)
@@ -86,7 +87,7 @@ class Flux1:
         state = renamed(net.state_dict(), flux.lines(net.config), OURS, DIFFUSERS, str(place))
         shared.write_part(place / "transformer" / shared.WEIGHTS, state, dtype)
         shared.write_vae(place, codec, dtype)
-        shared.write_text(place, texts, dtype)
+        text_parts.write_text(place, texts, dtype)
 
     def knows(self, keys: Collection[str]) -> bool:
         return MARK in keys or f"{flux.PREFIX}{MARK}" in keys
@@ -144,14 +145,14 @@ def _published(
         seen = f"{shape.in_channels} channels to {shape.out_channels}, where the autoencoder has {latent}"
         what = "a transformer that takes more than is known here"
         raise CheckpointError(what, where=str(folder), seen=seen, fix="FLUX.1 dev, schnell, Fill, Canny or Depth")
-    text, files = shared.read_text(folder, ENCODERS)
-    longest = shared.tokenizer_length(folder, "tokenizer_2")
-    clip, t5 = {"length": shared.tokenizer_length(folder)}, longest if shape.guidance else min(longest, SCHNELL)
+    text, files = text_parts.read_text(folder, ENCODERS)
+    longest = text_parts.tokenizer_length(folder, "tokenizer_2")
+    clip, t5 = {"length": text_parts.tokenizer_length(folder)}, longest if shape.guidance else min(longest, SCHNELL)
     second = {"kind": "text", "part": ENCODERS[1], "length": t5, "apart": "prompt_2"}
     parts = [{"kind": "text", "pooled": True, **clip}, second]
     conditioner: dict[str, Any] = {"kind": "texts", "join": "apart", "parts": parts}
     if (other := beside[shape.in_channels - latent]) is not None:
-        conditioner, text, files = shared.join_text(conditioner, text, files, other)
+        conditioner, text, files = text_parts.join_text(conditioner, text, files, other)
         sampling = {**sampling, **(FILLED if other is FILLING else {})}
     section = {**shared.FLOW, "net": slot_of(shape), "codec": codec, "conditioner": conditioner}
     size = [int(side) * factor for side in shared.pair(shape.size)]

@@ -19,6 +19,7 @@ from sfumato.conditioners import Conditioner, Joined, Sizes
 from sfumato.denoiser import VARIANCE, as_index
 from sfumato.errors import CheckpointError, ConfigError
 from sfumato.io import parts as shared
+from sfumato.io import text_parts
 from sfumato.io.families import dit
 from sfumato.io.family import Published
 from sfumato.io.keymap import DIFFUSERS, ORIGINAL, OURS, Line, line, renamed
@@ -177,7 +178,7 @@ class PixArt:
         named = renamed(state, lines(net.config), OURS, DIFFUSERS, str(place))
         shared.write_part(place / "transformer" / shared.WEIGHTS, named, dtype)
         shared.write_vae(place, codec, dtype)
-        shared.write_text(place, text, dtype)
+        text_parts.write_text(place, text, dtype)
 
     def knows(self, keys: Collection[str]) -> bool:
         return {MARKS[ORIGINAL]["caption"], "t_block.1.weight"} <= set(keys)
@@ -229,7 +230,7 @@ def _with_parts(
 ) -> Published:
     """A network with the autoencoder and the text encoder of a folder. length: pieces of words it reads."""
     codec, autoencoder, factor = shared.read_vae(folder / "vae")
-    text, files = shared.read_text(folder)
+    text, files = text_parts.read_text(folder)
     slot: dict[str, Any] = {"kind": "text", "length": length, "masked": True, "lower": True}
     slot |= {"silent": True} if config.unsaid else {}
     if config.sizes:

@@ -14,6 +14,7 @@ from torch import Tensor
 from sfumato.codecs import Latents
 from sfumato.errors import CheckpointError
 from sfumato.io import parts as shared
+from sfumato.io import text_parts
 from sfumato.io.families import stable_files
 from sfumato.io.families.stable_diffusion import read_unet, write_unet
 from sfumato.io.family import Published
@@ -44,7 +45,7 @@ class SDXL:
         path, prediction, sampling = shared.read_table(folder)
         net_slot, net = read_unet(folder / "unet")
         codec, autoencoder, factor = shared.read_vae(folder / "vae")
-        text, files = shared.read_text(folder, found, joined=True)
+        text, files = text_parts.read_text(folder, found, joined=True)
         section = {
             "path": path,
             "prediction": prediction,
@@ -80,7 +81,7 @@ class SDXL:
         shared.write_table(place, path, model.spec["model"]["prediction"])
         write_unet(place / "unet", net, dtype)
         shared.write_vae(place, codec, dtype)
-        shared.write_text(place, text, dtype)
+        text_parts.write_text(place, text, dtype)
 
     def _index(self, text: Texts) -> dict[str, Any]:
         return {"force_zeros_for_empty_prompt": text.zeros}
@@ -137,7 +138,7 @@ def conditioner(found: Sequence[str], folder: Path | None, index: Mapping[str, A
     """
     parts: list[dict[str, Any]] = []
     for part in found:
-        length = 77 if folder is None else shared.tokenizer_length(folder, TOKENIZERS[part])
+        length = 77 if folder is None else text_parts.tokenizer_length(folder, TOKENIZERS[part])
         own = {"part": part, "pooled": True, "apart": "prompt_2"} if part == ENCODERS[1] else {}
         parts.append({"kind": "text", "skip": 1, "normed": False, "length": length, **own})
     zeros, score = bool(index.get("force_zeros_for_empty_prompt", True)), bool(index.get(SCORED))

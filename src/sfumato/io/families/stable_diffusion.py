@@ -14,6 +14,7 @@ from torch import Tensor
 from sfumato.codecs import Latents
 from sfumato.errors import CheckpointError, ConfigError
 from sfumato.io import parts as shared
+from sfumato.io import text_parts
 from sfumato.io.families import controlnet, stable, stable_files
 from sfumato.io.family import Published
 from sfumato.io.keymap import DIFFUSERS, OURS, renamed
@@ -48,16 +49,16 @@ class StableDiffusion:
         shape, net = read_unet(folder / "unet")
         told = shape["guidance_dim"] > 0
         codec, autoencoder, factor = shared.read_vae(folder / "vae")
-        text, files = shared.read_text(folder)
-        conditioner: dict[str, Any] = {"kind": "text", "length": shared.tokenizer_length(folder)}
+        text, files = text_parts.read_text(folder)
+        conditioner: dict[str, Any] = {"kind": "text", "length": text_parts.tokenizer_length(folder)}
         if shape["in_channels"] == 2 * codec["latent"] + 1:
-            conditioner, text, files = shared.join_text(conditioner, text, files, {"kind": "inpainting"})
+            conditioner, text, files = text_parts.join_text(conditioner, text, files, {"kind": "inpainting"})
         elif shape["in_channels"] != codec["latent"]:
             seen = f"{shape['in_channels']} channels, where the autoencoder has {codec['latent']}"
             raise CheckpointError("a U-Net that takes more than is known here", where=str(folder), seen=seen)
         size = [int(side) * factor for side in shared.pair(shape["size"])]
         if controlnet.PART in index:
-            conditioner, text, files = shared.join_text(conditioner, text, files, HINT)
+            conditioner, text, files = text_parts.join_text(conditioner, text, files, HINT)
             shape, net = _under_control(folder, index, shape, net)
         section = {
             "path": path,
@@ -76,12 +77,12 @@ class StableDiffusion:
         return (
             (isinstance(model.net, StableUNet) or (isinstance(model.net, Controlled) and len(model.net.controls) == 1))
             and isinstance(model.codec, Latents)
-            and shared.text_of(model.conditioner) is not None
+            and text_parts.text_of(model.conditioner) is not None
             and isinstance(model.denoiser.path, Tabulated)
         )
 
     def write_folder(self, place: Path, model: Model, dtype: torch.dtype) -> None:
-        codec, text, path = model.codec, shared.text_of(model.conditioner), model.denoiser.path
+        codec, text, path = model.codec, text_parts.text_of(model.conditioner), model.denoiser.path
         net = model.net.net if isinstance(model.net, Controlled) else model.net
         assert isinstance(net, StableUNet) and isinstance(codec, Latents)
         assert text is not None and isinstance(path, Tabulated)
@@ -96,13 +97,13 @@ class StableDiffusion:
         shared.write_table(place, path, model.spec["model"]["prediction"], scheduler=scheduler)
         write_unet(place / "unet", net, dtype)
         shared.write_vae(place, codec, dtype)
-        shared.write_text(place, text, dtype)
+        text_parts.write_text(place, text, dtype)
 
     def knows(self, keys: Collection[str]) -> bool:
         return stable_files.ENTRY in keys and stable_files.TOLD_XL not in keys
 
     def read_file(self, state: Mapping[str, Tensor], file: Path, parts: Path | None) -> Published:
-        length = 77 if parts is None else shared.tokenizer_length(parts)
+        length = 77 if parts is None else text_parts.tokenizer_length(parts)
         sampling = {"steps": 50, "guidance": 7.5}
         found = stable_files.read(state, file, parts, {"kind": "text", "length": length}, sampling)
         if found.section["net"].get("guidance_dim"):

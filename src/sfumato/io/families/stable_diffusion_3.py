@@ -10,6 +10,7 @@ from torch import Tensor
 from sfumato.codecs import Latents
 from sfumato.errors import CheckpointError, ConfigError
 from sfumato.io import parts as shared
+from sfumato.io import text_parts
 from sfumato.io.families import autoencoder, controlnet, sd3
 from sfumato.io.families.encoders import SD3, Place
 from sfumato.io.families.transformer_controls import SD3 as SD3_CONTROL
@@ -39,7 +40,7 @@ class StableDiffusion3:
         net, weights = read_transformer(folder / "transformer")
         codec, latents, factor = shared.read_vae(folder / "vae")
         encoders = [one.part for one in _places(folder)]
-        told, files = shared.read_text(folder, encoders)
+        told, files = text_parts.read_text(folder, encoders)
         section = _section(net, codec, _conditioner(folder, encoders, net), str(folder))
         size, sampling = [int(net["size"]) * factor] * 2, _sampling(net, folder)
         found = Published(section, size, sampling, weights | latents | told, files, shared.facts_of(folder, index))
@@ -49,7 +50,7 @@ class StableDiffusion3:
         return controlnet.beside(found, folder, index, MMDiTConfig(**shape))
 
     def owns(self, model: Model) -> bool:
-        conditioner, section = shared.texts_of(model.conditioner), model.spec["model"]
+        conditioner, section = text_parts.texts_of(model.conditioner), model.spec["model"]
         return (
             isinstance(controlnet.parted(model.net)[0], MMDiT)
             and isinstance(model.codec, Latents)
@@ -70,7 +71,7 @@ class StableDiffusion3:
         shared.write_flow(place, model)
         write_transformer(place / "transformer", net, dtype)
         shared.write_vae(place, codec, dtype)
-        shared.write_text(place, told, dtype)
+        text_parts.write_text(place, told, dtype)
 
     def knows(self, keys: Collection[str]) -> bool:
         return _prefix(keys) is not None
@@ -94,7 +95,7 @@ class StableDiffusion3:
             codec, latents, _ = shared.read_vae(parts / "vae")
         weights |= latents
         places = _places(parts, state)
-        told, files = shared.read_text_file(state, places, parts, str(file))
+        told, files = text_parts.read_text_file(state, places, parts, str(file))
         section = _section(net, codec, _conditioner(parts, [one.part for one in places], net), str(file))
         size, sampling = [shape.size * 2 ** (len(codec["channels"]) - 1)] * 2, _sampling(net, parts)
         return Published(section, size, sampling, weights | told, files, {"from": file.name})
@@ -106,7 +107,7 @@ class StableDiffusion3:
         shape = codec.autoencoder.config
         state = renamed(codec.autoencoder.state_dict(), autoencoder.lines(shape), OURS, ORIGINAL, "the autoencoder")
         out |= {f"{VAE}{key}": value for key, value in state.items()}
-        return out | shared.text_for_file(told, SD3[: len(told.texts)])
+        return out | text_parts.text_for_file(told, SD3[: len(told.texts)])
 
 
 INDEX: dict[str, Any] = {
@@ -130,7 +131,7 @@ def _slot(said: Any) -> Any:
 
 
 def _parts(model: Model) -> tuple[MMDiT, Latents, Texts]:
-    (net, _), codec, conditioner = controlnet.parted(model.net), model.codec, shared.texts_of(model.conditioner)
+    (net, _), codec, conditioner = controlnet.parted(model.net), model.codec, text_parts.texts_of(model.conditioner)
     assert isinstance(net, MMDiT) and isinstance(codec, Latents) and conditioner is not None
     return net, codec, conditioner
 
@@ -176,7 +177,7 @@ def _places(folder: Path, keys: Mapping[str, Tensor] | None = None) -> list[Plac
 
 def _conditioner(folder: Path, encoders: list[str], net: Mapping[str, Any]) -> dict[str, Any]:
     """The slot: of both CLIPs the states before the last layer, unnormed, and their projected pooled states."""
-    length = shared.tokenizer_length(folder)
+    length = text_parts.tokenizer_length(folder)
     clip = {"kind": "text", "length": length, "skip": 1, "normed": False, "pooled": True}
     parts: list[dict[str, Any]] = [{**clip, "part": encoders[0]}]
     parts += [{**clip, "part": part, "apart": "prompt_2"} for part in encoders[1:2]]

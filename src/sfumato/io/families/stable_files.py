@@ -14,6 +14,7 @@ from torch import Tensor
 from sfumato.codecs import Latents
 from sfumato.errors import CheckpointError
 from sfumato.io import parts as shared
+from sfumato.io import text_parts
 from sfumato.io.families import autoencoder, encoders, stable
 from sfumato.io.families.encoders import SD1, SD2, SDXL, SDXL_REFINER, Place
 from sfumato.io.family import Published
@@ -76,9 +77,9 @@ def read(
         codec, latents, _ = shared.read_vae(parts / "vae")
     else:
         raise CheckpointError("this file has no autoencoder", where=where, fix="--parts FOLDER, one of diffusers")
-    text, files = shared.read_text_file(state, places(kind), parts, where, joined=kind in XL)
+    text, files = text_parts.read_text_file(state, places(kind), parts, where, joined=kind in XL)
     if kind not in XL and shape.in_channels == 2 * codec["latent"] + 1:
-        conditioner, text, files = shared.join_text(conditioner, text, files, {"kind": "inpainting"})
+        conditioner, text, files = text_parts.join_text(conditioner, text, files, {"kind": "inpainting"})
     elif shape.in_channels != codec["latent"]:
         seen = f"{shape.in_channels} channels, where the autoencoder has {codec['latent']}"
         raise CheckpointError("a U-Net that takes more than is known here", where=where, seen=seen)
@@ -102,14 +103,14 @@ def read(
 def write(model: Model, kind: str) -> dict[str, Tensor]:
     """The inverse: a model's weights as the original file of a version names them."""
     net, codec = model.net, model.codec
-    conditioner = shared.text_of(model.conditioner) or model.conditioner
+    conditioner = text_parts.text_of(model.conditioner) or model.conditioner
     assert isinstance(net, StableUNet) and isinstance(codec, Latents) and conditioner is not None
     state = renamed(net.state_dict(), stable.lines(net.config), OURS, ORIGINAL, "the network")
     out = {f"{stable.PREFIX}{key}": value for key, value in state.items()}
     shape = codec.autoencoder.config
     state = renamed(codec.autoencoder.state_dict(), autoencoder.lines(shape), OURS, ORIGINAL, "the autoencoder")
     out |= {f"{VAE}{key}": value for key, value in state.items()}
-    return out | shared.text_for_file(conditioner, places(kind))  # type: ignore[arg-type]
+    return out | text_parts.text_for_file(conditioner, places(kind))  # type: ignore[arg-type]
 
 
 def _checked(state: Mapping[str, Tensor], kind: str, where: str) -> None:
