@@ -12,9 +12,10 @@ from pydantic import BaseModel
 
 from sfumato import config as module
 from sfumato.catalogue import KINDS, build
-from sfumato.config import FILLED_IN, SLOTS, Config, dig, slot_problems
+from sfumato.config import FILLED_IN, Config
 from sfumato.errors import ConfigError
 from sfumato.overlay import as_yaml, from_resolved, load_config, parse_yaml, recipes, resolved
+from sfumato.problems import SLOTS, dig, slot_problems
 
 LEAST: dict[str, Any] = {"name": "a", "steps": 1, "data": "scenes", "model": {"net": "dit"}}
 

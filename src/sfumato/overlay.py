@@ -16,9 +16,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from sfumato.catalogue import KINDS, build
-from sfumato.config import SLOTS, Config, slot_problems, source_of, start_problems
+from sfumato.config import Config, source_of
 from sfumato.errors import ConfigError, nearest
 from sfumato.names import spelled_out
+from sfumato.problems import SLOTS, slot_problems, start_problems
 from sfumato.registry import Problem, options_of, target_of
 
 RECIPES = Path(__file__).parent / "recipes"

@@ -21,11 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sfumato import files
-from sfumato.config import slot_problems
 from sfumato.errors import CheckpointError, ConfigError
 from sfumato.io.fill import fill_weights, unfilled
 from sfumato.io.tensors import tensors_of
 from sfumato.model import AutoencoderModel, Model, Trainable, build_autoencoder, build_model
+from sfumato.problems import slot_problems
 from sfumato.registry import target_of
 
 FORMAT, VERSION = "sfumato", 1
