@@ -3,21 +3,16 @@ is told by a library whose two calls are faked.
 """
 
 import json
-import shutil
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import constants, errors
+from huggingface_hub import errors
 
 import sfumato
+from hubs import SHA, Online, cached, empty, refusing, small, unpacked
 from sfumato import hub
 from sfumato.cli import main
 from sfumato.errors import CheckpointError, ConfigError, MachineError
@@ -25,63 +20,10 @@ from sfumato.hub import Place, located, needed, place_of
 from sfumato.io.directory import load_model, save_model, write_weights
 from sfumato.train.start import read_start
 
-SHA = "0123456789abcdef0123456789abcdef01234567"
-
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of the hub, and an empty folder to be in."""
-    place = tmp_path / "home" / "hub"
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(place))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    return place
-
-
-def cached(cache: Path, repo: str, files: Callable[[Path], None], revision: str = "main") -> Path:
-    """A repository in the cache as the library lays it out: refs, blobs, and a snapshot of links to them."""
-    home = cache / f"models--{repo.replace('/', '--')}"
-    made = cache.parent / "made"
-    made.mkdir(parents=True)
-    files(made)
-    for path in sorted(made.rglob("*")):
-        if path.is_file():
-            name = path.relative_to(made)
-            blob, link = home / "blobs" / "-".join(name.parts), home / "snapshots" / SHA / name
-            blob.parent.mkdir(parents=True, exist_ok=True)
-            link.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(path, blob)
-            link.symlink_to(blob)
-    (home / "refs").mkdir(exist_ok=True)
-    (home / "refs" / revision).write_text(SHA)
-    shutil.rmtree(made)
-    return home / "snapshots" / SHA
-
-
-class Online:
-    """A hub with one repository; what is fetched is written down."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, snapshot: Path) -> None:
-        self.snapshot, self.fetched = snapshot, list[str]()
-        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", self.model_info)
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", self.download)
-
-    def model_info(self, repo: str, revision: str | None = None) -> Any:
-        names = [one.relative_to(self.snapshot).as_posix() for one in self.snapshot.rglob("*") if one.is_file()]
-        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in sorted(names)])
-
-    def download(self, repo: str, revision: str | None = None, allow_patterns: Any = None) -> str:
-        self.fetched += allow_patterns
-        return str(self.snapshot)
-
-
-def refusing(monkeypatch: pytest.MonkeyPatch, kind: type[Exception]) -> None:
-    def refuse(*_: Any, **__: Any) -> Any:
-        response = SimpleNamespace(headers={}, request=None, status_code=401)
-        raise kind("no", response=response) if issubclass(kind, errors.HfHubHTTPError) else kind("no")
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
+    return empty(tmp_path, monkeypatch)
 
 
 # Names
@@ -214,26 +156,6 @@ def test_of_other_repositories() -> None:
 # Reading
 
 
-def small(seed: int = 0) -> Any:
-    from sfumato.model import build_model
-
-    section = {
-        "path": "linear",
-        "prediction": "velocity",
-        "time_input": "thousandths",
-        "scale_input": None,
-        "net": {"kind": "dit", "patch": 8, "dim": 16, "depth": 1, "heads": 2},
-        "codec": "pixels",
-        "conditioner": {"kind": "labels", "classes": 4},
-    }
-    torch.manual_seed(seed)
-    made = build_model({"model": section, "size": [16, 16], "sampling": {"sampler": "ddim", "steps": 2}})
-    with torch.no_grad():
-        for weight in made.net.parameters():
-            weight.normal_(0, 0.3)
-    return made
-
-
 def test_a_model_directory_is_read_offline_from_the_cache(cache: Path) -> None:
     model = small()
     place = cached(cache, "me/mine", lambda made: save_model(made / "x", model, {}) or unpacked(made))
@@ -243,13 +165,6 @@ def test_a_model_directory_is_read_offline_from_the_cache(cache: Path) -> None:
     assert np.array_equal(here.sample([1, 2]).images, there.sample([1, 2]).images)
     assert read_start("me/mine").where == "me/mine"
     assert load_model(place).spec == model.spec
-
-
-def unpacked(made: Path) -> None:
-    """Puts what lies in the only folder of a folder where that is."""
-    for path in list((made / "x").iterdir()):
-        shutil.move(path, made / path.name)
-    (made / "x").rmdir()
 
 
 def test_a_revision_is_its_own(cache: Path) -> None:
@@ -326,159 +241,6 @@ def test_online_the_files_of_a_folder_of_diffusers_are_fetched(cache: Path, monk
     online.fetched.clear()
     assert located("them/sd/vae") == snapshot / "vae"
     assert sorted(online.fetched) == ["vae/config.json", "vae/diffusion_pytorch_model.bin"]
-
-
-# Inspecting
-
-
-class Ranges:
-    """A server of a snapshot's files that gives out ranges of bytes, and writes down what it gave."""
-
-    def __init__(self, snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        given: list[tuple[str, int]] = []
-        self.given = given
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:  # the name is http.server's
-                name = self.path.partition("/resolve/")[2].partition("/")[2]
-                data = (snapshot / name).read_bytes() if (snapshot / name).is_file() else None
-                if data is None:
-                    self.send_error(404)
-                    return
-                first, _, last = self.headers["range"].removeprefix("bytes=").partition("-")
-                part = data[int(first) : int(last) + 1]
-                given.append((name, len(part)))
-                self.send_response(206)
-                self.send_header("Content-Length", str(len(part)))
-                self.end_headers()
-                self.wfile.write(part)
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        place = f"http://127.0.0.1:{self.server.server_port}"
-        monkeypatch.setattr(constants, "ENDPOINT", place)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{place}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-
-
-@pytest.fixture
-def ranges(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], Ranges]]:
-    made: list[Ranges] = []
-
-    def serve(snapshot: Path) -> Ranges:
-        made.append(Ranges(snapshot, monkeypatch))
-        return made[-1]
-
-    yield serve
-    for one in made:
-        one.server.shutdown()
-        one.server.server_close()
-
-
-Serve = Callable[[Path], Ranges]
-
-
-def without_place(said: Any) -> Any:
-    return {name: value for name, value in said.items() if name != "path"}
-
-
-def test_of_a_pipeline_only_headers_are_fetched(cache: Path, monkeypatch: pytest.MonkeyPatch, ranges: Serve) -> None:
-    from sfumato.io.inspect import inspected
-
-    big = {f"a.{i}.weight": torch.zeros(128, 128) for i in range(40)}  # of 2.6 MB
-    index = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDPMScheduler"]}
-
-    def files(made: Path) -> None:
-        for name, said in (
-            ("model_index.json", {"_class_name": "DDPMPipeline", **index, "tokenizer": ["transformers", "X"]}),
-            ("unet/config.json", {"_class_name": "UNet2DModel"}),
-            ("unet/diffusion_pytorch_model.safetensors.index.json", {"weight_map": {}}),
-            ("scheduler/scheduler_config.json", {"_class_name": "DDPMScheduler", "prediction_type": "epsilon"}),
-            ("tokenizer/vocab.json", {"large": 1}),
-        ):
-            (made / name).parent.mkdir(parents=True, exist_ok=True)
-            (made / name).write_text(json.dumps(said))
-        stem = made / "unet/diffusion_pytorch_model"
-        write_weights(stem.with_name(f"{stem.name}-00001-of-00002.safetensors"), big)
-        write_weights(stem.with_name(f"{stem.name}-00002-of-00002.safetensors"), {"b.weight": torch.zeros(7, 3)})
-
-    snapshot = cached(cache, "them/ddpm", files)
-    here = inspected(snapshot)
-    online, server = Online(monkeypatch, snapshot), ranges(snapshot)
-    there = inspected("them/ddpm")
-    assert without_place(there) == without_place(here) and there["path"] == "them/ddpm"
-    assert there["parts"]["unet"]["parameters"] == 40 * 128 * 128 + 21 and there["missing"] == []
-    assert not any(name.endswith((".safetensors", "vocab.json")) for name in online.fetched)
-    assert [name for name, _ in sorted(server.given)] == [
-        f"unet/diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)
-    ]
-    assert sum(n for _, n in server.given) < 110_000
-
-
-def test_of_a_single_file_a_long_header_is_fetched_whole(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, ranges: Serve
-) -> None:
-    from sfumato.io.inspect import as_text, inspected
-
-    state = {
-        f"lora_unet_{'x' * 60}_{i}.lora_{way}.weight": torch.zeros(2, 2) for i in range(800) for way in ("down", "up")
-    }
-    snapshot = cached(cache, "you/lora", lambda made: write_weights(made / "style.safetensors", state))
-    here = inspected(snapshot / "style.safetensors")
-    Online(monkeypatch, snapshot)
-    server = ranges(snapshot)
-    there = inspected("you/lora")
-    assert without_place(there) == without_place(here) and there["kind"] == "LoRA" and there["modules"] == 800
-    assert len(server.given) == 2 and "LoRA" in as_text(there)
-
-
-def test_of_a_model_of_ours_and_of_pickles(cache: Path, monkeypatch: pytest.MonkeyPatch, ranges: Serve) -> None:
-    from sfumato.io.inspect import as_text, inspected
-
-    snapshot = cached(cache, "me/mine", lambda made: save_model(made / "x", small(), {}) or unpacked(made))
-    here = inspected(snapshot)
-    Online(monkeypatch, snapshot)
-    server = ranges(snapshot)
-    assert without_place(inspected("me/mine")) == without_place(here)
-    assert [name for name, _ in server.given] == ["model.safetensors"]
-    other = cached(cache, "me/old", lambda made: torch.save({"a": torch.zeros(3)}, made / "old.ckpt"))
-    online, server = Online(monkeypatch, other), ranges(other)
-    said = inspected("me/old")
-    assert said["unread"] == "a pickle has no header to fetch" and online.fetched == [] and server.given == []
-    assert "no header" in as_text(said)
-
-
-def test_what_cannot_be_fetched_is_inspected_in_the_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sfumato.io.inspect import inspected
-
-    snapshot = cached(cache, "me/mine", lambda made: save_model(made / "x", small(), {}) or unpacked(made))
-    assert inspected("me/mine") == inspected(snapshot)
-    refusing(monkeypatch, errors.GatedRepoError)
-    with pytest.raises(CheckpointError, match="accept its terms"):
-        inspected("me/mine")
-
-
-def test_a_header_that_is_none_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch, ranges: Serve) -> None:
-    from sfumato.io.inspect import inspected
-
-    snapshot = cached(cache, "me/bad", lambda made: (made / "a.safetensors").write_bytes(b"\x09" * 40))
-    Online(monkeypatch, snapshot)
-    ranges(snapshot)
-    with pytest.raises(CheckpointError, match=r"me/bad/a\.safetensors"):
-        inspected("me/bad")
-    (snapshot / "a.safetensors").unlink()
-    monkeypatch.setattr(
-        huggingface_hub.HfApi,
-        "model_info",
-        lambda *_, **__: SimpleNamespace(siblings=[SimpleNamespace(rfilename="a.safetensors")]),
-    )
-    with pytest.raises(MachineError, match="hf download me/bad"):
-        inspected("me/bad")
 
 
 # Errors

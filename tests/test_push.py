@@ -15,6 +15,7 @@ import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, constants, errors
 
 import sfumato
+from hubs import SHA, small
 from sfumato import stored
 from sfumato.cards import card
 from sfumato.cli import main
@@ -23,7 +24,6 @@ from sfumato.hub import located
 from sfumato.io.directory import save_model, write_weights
 from sfumato.io.tuned import save_tuned
 from sfumato.push import Parcel, packed, push, stale
-from test_hub import SHA, small
 
 
 class Hub:

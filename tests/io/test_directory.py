@@ -2,13 +2,13 @@
 
 import copy
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from directories import FACTS, edited, made, refused, spec
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -16,84 +16,13 @@ import sfumato
 from sfumato import files
 from sfumato.errors import CheckpointError, SfumatoError
 from sfumato.io.directory import load_model, save_model
-from sfumato.model import Model, build_model
-
-FACTS = {"run": "tiny", "steps": 7, "images": 56, "seed": 0}
-
-MINE = """
-import torch
-from torch import nn
-
-class Tied(nn.Module):
-    '''Two layers with one weight.'''
-    def __init__(self, in_channels: int = 3, width: int = 4):
-        super().__init__()
-        self.one = nn.Linear(in_channels, width)
-        self.two = nn.Linear(in_channels, width)
-        self.two.weight = self.one.weight
-        self.halves = nn.ParameterList(torch.arange(8.0).chunk(2))
-        self.register_buffer("count", torch.tensor(3))
-
-    def forward(self, x, t):
-        return x
-"""
-
-
-class Captions:
-    def captions(self) -> Iterator[str]:
-        yield "a red circle"
-        yield "a blue circle"
-
-
-def spec(**model: Any) -> dict[str, Any]:
-    section = {
-        "path": {"kind": "linear"},
-        "prediction": {"kind": "velocity"},
-        "time_input": {"kind": "thousandths"},
-        "scale_input": None,
-        "net": {"kind": "dit", "patch": 4, "dim": 16, "depth": 1, "heads": 2},
-        "codec": {"kind": "pixels"},
-        "conditioner": {
-            "kind": "joined",
-            "parts": [
-                {"kind": "labels", "classes": 3},
-                {"kind": "prompts", "dim": 8, "depth": 1, "heads": 2, "length": 4},
-            ],
-        },
-    }
-    sampling = {"sampler": {"kind": "ddim"}, "grid": {"kind": "linear"}, "steps": 2, "guidance": 2.0}
-    return {"model": section | model, "size": [8, 12], "sampling": {**sampling, "interval": None, "rescale": 0.0}}
-
-
-def made(seed: int = 0, **model: Any) -> Model:
-    """A model whose weights are all noise."""
-    torch.manual_seed(seed)
-    model_ = build_model(spec(**model), Captions())
-    with torch.no_grad():
-        for p in model_.parameters():
-            p.normal_()
-    return model_
+from sfumato.model import build_model
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     save_model(tmp_path / "model", made(), FACTS)
     return tmp_path / "model"
-
-
-def edited(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Changes model.json and seals the folder anew, as someone with intent would."""
-    path = folder / "model.json"
-    said = json.loads(path.read_text(encoding="utf-8"))
-    change(said)
-    path.write_text(json.dumps(said), encoding="utf-8")
-    files.seal(folder)
-
-
-def refused(folder: Path, **options: Any) -> CheckpointError:
-    with pytest.raises(CheckpointError) as caught:
-        load_model(folder, **options)
-    return caught.value
 
 
 # Out and back
@@ -196,91 +125,6 @@ def test_the_public_door(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(SfumatoError) as caught:
         sfumato.load(tmp_path / "nowhere")
     assert caught.value.where == str(tmp_path / "nowhere")
-
-
-# Tied weights, and code of one's own
-
-
-@pytest.fixture
-def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A module of the user's own, in the current directory."""
-    (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "mine_of_test.py").write_text(MINE)
-    monkeypatch.chdir(tmp_path / "work")
-    monkeypatch.delitem(sys.modules, "mine_of_test", raising=False)
-    return "mine_of_test:Tied"
-
-
-def tied(mine: str, tmp_path: Path) -> tuple[Model, Path]:
-    model = made(net={"kind": mine}, conditioner=None)
-    save_model(tmp_path / "model", model, {})
-    return model, tmp_path / "model"
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tied_weights_and_views_are_stored_each_and_come_back(mine: str, tmp_path: Path, dtype: torch.dtype) -> None:
-    model, folder = tied(mine, tmp_path)
-    save_model(folder, model, {}, dtype=dtype)
-    stored = load_file(folder / "model.safetensors")
-    assert torch.equal(stored["net.one.weight"], stored["net.two.weight"])
-    assert stored["net.count"].dtype == torch.int64  # only floating point changes its precision
-    again = load_model(folder)
-    net: Any = again.net
-    assert net.one.weight is net.two.weight
-    assert all(
-        torch.equal(value, model.weights()[name].to(dtype).to(value.dtype)) for name, value in again.weights().items()
-    )
-
-
-def test_ones_own_code_needs_to_be_here(mine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the current directory it is the user's; elsewhere, even beside the model, it is somebody's."""
-    _, folder = tied(mine, tmp_path)
-    load_model(folder)
-    monkeypatch.chdir(tmp_path)
-    error = refused(folder)
-    assert error.seen == mine and "trust=True" in str(error.fix)
-    (folder / "mine_of_test.py").write_text(MINE)
-    files.seal(folder)
-    monkeypatch.chdir(folder)
-    assert refused(folder).seen == mine
-
-
-def test_trust_runs_what_is_named(mine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, folder = tied(mine, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path / "work")
-    assert refused(folder).seen == mine
-    assert type(load_model(folder, trust=True).net).__name__ == "Tied"
-
-
-@pytest.mark.parametrize(
-    "target", ["os:getcwd()", "subprocess:Popen", "builtins:eval", "torch:load", "mine_of_test.x:Y"]
-)
-@pytest.mark.parametrize("slot", ["net", "path", "conditioner", "sampler", "nested"])
-def test_foreign_code_is_refused_wherever_it_is_named(
-    saved: Path, target: str, slot: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def change(said: dict[str, Any]) -> None:
-        if slot == "sampler":
-            said["sampling"]["sampler"] = {"kind": target}
-        elif slot == "nested":
-            said["model"]["conditioner"]["parts"][0] = {"kind": target}
-        else:
-            said["model"][slot] = {"kind": target}
-
-    edited(saved, change)
-    monkeypatch.setattr("importlib.import_module", lambda *_: pytest.fail("foreign code was imported"))
-    assert refused(saved).seen == target
-
-
-def test_a_name_that_is_taken_already_is_not_ones_own(
-    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A file json.py in the current directory would be looked at, and the library's module of that name be used."""
-    (tmp_path / "json.py").write_text("class Net: pass")
-    monkeypatch.chdir(tmp_path)
-    edited(saved, lambda said: said["model"].update(net={"kind": "json:Net"}))
-    assert refused(saved).seen == "json:Net"
 
 
 # Damage
