@@ -20,11 +20,11 @@ import torch
 from machine import machine
 from torch import Tensor, nn
 
+from sfumato.catalogue import build
 from sfumato.data.loader import Batch
 from sfumato.files import write_atomic
 from sfumato.model import build_model, compile_net, pick_device
 from sfumato.nets import dit, flux, mmdit, stable_unet
-from sfumato.objectives.denoising import Denoising
 from sfumato.overlay import load_config, resolved
 from sfumato.train.ema import EMA
 from sfumato.train.optim import build_optimizer
@@ -32,6 +32,7 @@ from sfumato.train.step import Stepper
 
 HERE = Path(__file__).parent
 KIND = torch.bfloat16
+LATENT = 4  # channels of the latents that training is timed on
 Pass = Callable[[], Any]
 Pair = tuple[nn.Module, Pass, nn.Module, Pass]
 
@@ -182,16 +183,14 @@ def training(device: torch.device, batch: int, rounds: int, compiled: bool) -> d
     """Pictures a second of DiT-XL/2 at 256 pixels, from latents that lie ready; 3 x 237 GFLOP a picture."""
     over = [f"batch={batch}", "accumulate=1", "checkpointing=false", "precision=bf16"]
     config = load_config("dit-xl-2-256", over).config
-    section = resolved(config)["model"] | {"codec": "pixels"}
-    section["net"] = {**section["net"], "in_channels": 4}
-    section["conditioner"] = None
-    section["net"]["classes"] = 0
+    section = {**resolved(config)["model"], "codec": "pixels", "conditioner": None}  # what lies ready is all it sees
+    section["net"] = {**section["net"], "in_channels": LATENT, "out_channels": 2 * LATENT}
     model = build_model({"model": section, "size": [32, 32], "sampling": {}}, None).to(device).train()
     optimizer = build_optimizer(model, config)
-    stepper = Stepper(model, Denoising(), optimizer, config, device)
+    stepper = Stepper(model, build(config.objective, "Objective"), optimizer, config, device)
     average = EMA(model.trained(), config.ema[0])
     rng = np.random.default_rng(0)
-    moments = rng.standard_normal((batch, 2, 4, 32, 32), dtype=np.float32)
+    moments = rng.standard_normal((batch, 2, LATENT, 32, 32), dtype=np.float32)
     ready = Batch(None, [{} for _ in range(batch)], np.arange(batch), batch, moments)
     if compiled:
         compile_net(model.net, device, dynamic=False)

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, constants, errors
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, errors
 
+import hubs
 import sfumato
 from hubs import SHA, small
 from sfumato import stored
@@ -67,12 +68,7 @@ class Hub:
 
 @pytest.fixture
 def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    place = tmp_path / "home" / "hub"
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(place))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    return Hub(place, monkeypatch)
+    return Hub(hubs.empty(tmp_path, monkeypatch), monkeypatch)
 
 
 def head(text: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from sfumato.denoiser import Denoise
+from sfumato.devices import moved
 from sfumato.errors import ConfigError, DataError
 from sfumato.paths import Path
 from sfumato.samplers.frames import Frame, resolved, time_at
@@ -134,7 +135,7 @@ def _signs(x0: Tensor, probes: int | Literal["exact"], rng: Generator | None) ->
     if probes < 1:
         raise ConfigError("at least one probe is needed", where="probes", seen=str(probes), fix="probes=1")
     drawn = torch.randint(2, (probes, *x0.shape), generator=rng, dtype=torch.int8)
-    return (2 * drawn - 1).to(x0.device, x0.dtype)
+    return moved(2 * drawn - 1, x0.device, x0.dtype)
 
 
 def _ends(path: Path, level: float) -> tuple[Tensor, Tensor]:

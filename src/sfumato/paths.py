@@ -322,6 +322,14 @@ def log_snr(path: Path, t: Tensor) -> Tensor:
     return 2 * (torch.log(path.alpha(t)) - torch.log(path.sigma(t)))
 
 
+def spread(path: Path, t: Tensor) -> float:
+    """The standard deviation of x_t for data of unit variance, at one time: what a grid begins with that begins below
+    pure noise, as the "leading" ones of published models do; at t = 1 it is sigma, but for a table's rest of signal.
+    """
+    t = t.to("cpu", torch.float64)
+    return math.hypot(float(path.alpha(t)), float(path.sigma(t)))
+
+
 def diffusion_squared(path: Path, t: Tensor) -> Tensor:
     """g^2 of the SDE dx = (alpha' / alpha) x dt + g dW that has these kernels, for t > 0: infinite where alpha is 0."""
     (alpha_rate, sigma_rate), alpha, sigma = path.rates(t), path.alpha(t), path.sigma(t)

@@ -4,7 +4,6 @@ Each picture draws its noise from its own generator, so it depends on its seed a
 its batch. Rows of one batch go through the network together, all branches of the guidance at once.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from sfumato.model import Model, compile_net, pick_device
 from sfumato.names import TUNED, spelled_out
 from sfumato.nets.controlled import Control as AnyControl
 from sfumato.orders import Order, Prompt, begun, order_of, raw_of, raws_of, size_of
-from sfumato.paths import noised
+from sfumato.paths import noised, spread
 from sfumato.reader import Reader, home
 from sfumato.samplers import Job, SeededNoise, Step, Together, sample
 from sfumato.samples import Samples
@@ -298,7 +297,7 @@ class Pipeline:
         x = noise(torch.empty(len(order.raw), *self.model.codec.shape(*order.size), device=self.device))
         path = self.model.denoiser.path
         if order.begin is None or order.begin.from_noise:
-            return x * _spread(path, times[0]), None
+            return x * spread(path, times[0]), None
         with torch.inference_mode():
             known = order.begin.encoded(self.model.codec, self.device)
             if known.shape != x.shape:
@@ -380,14 +379,6 @@ def _dtype(precision: str) -> torch.dtype:
     if precision not in DTYPES:
         raise ConfigError("no such precision", where="precision", seen=precision, fix=nearest(precision, DTYPES))
     return DTYPES[precision]
-
-
-def _spread(path: Any, t: Tensor) -> float:
-    """The standard deviation of x_t for data of unit variance: what a grid begins with that begins below pure noise,
-    as the "leading" ones of published models do, and sigma itself at t = 1 but for a table's rest of signal.
-    """
-    t = t.to("cpu", torch.float64)
-    return math.hypot(float(path.alpha(t)), float(path.sigma(t)))
 
 
 def _telling(progress: Progress, before: int, whole: int, each: int) -> Callable[[int], None]:

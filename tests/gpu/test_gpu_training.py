@@ -81,3 +81,10 @@ def test_compiled_training(tmp_path: Path) -> None:
     for name, compiled in (("plain", "false"), ("fast", "true")):
         train(load_config("tiny", [*SHORT, "precision=bf16", f"compile={compiled}"]).config, run=tmp_path / name)
     assert losses(tmp_path / "fast") == pytest.approx(losses(tmp_path / "plain"), rel=0.05)
+
+
+@pytest.mark.parametrize("start", [0, 5])
+def test_an_autoencoder_before_and_with_its_discriminator(start: int, tmp_path: Path) -> None:
+    train(load_config("autoencoder-scenes", [*SHORT, f"objective.start={start}"]).config, run=tmp_path / "run")
+    found = losses(tmp_path / "run")
+    assert len(found) == 3 and all(torch.tensor(found).isfinite())

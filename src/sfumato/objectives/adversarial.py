@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from sfumato.denoiser import Cond, Denoiser
+from sfumato.devices import moved
 from sfumato.objectives.critics import (
     Heads,
     Listening,
@@ -29,7 +30,7 @@ from sfumato.objectives.critics import (
     wide,
 )
 from sfumato.objectives.denoising import Loss
-from sfumato.objectives.draws import noise_like, times_for
+from sfumato.objectives.draws import beside, noise_like, times_for
 from sfumato.objectives.endpoints import regression, teacher_of
 from sfumato.objectives.teaching import Lesson
 from sfumato.paths import noised
@@ -92,13 +93,13 @@ class Adversarial:
         shown, drawn, rows = regression(lesson, x0, cond, rng, self.at, self.flow)
         parts = dict(shown.parts)
         few = replace(lesson, teacher=teacher_of(lesson.taught, rows))
-        contest = self._contest(few, drawn.detach(), x0[rows.to(x0.device)], rng, parts)
+        contest = self._contest(few, drawn.detach(), x0[moved(rows, x0.device)], rng, parts)
         return shown._replace(value=valued(shown.value, shown.value + contest), parts=detached(parts))
 
     def answers(self, student: Denoiser, x0: Tensor, cond: Cond | None, rng: Generator | None) -> tuple[Tensor, Tensor]:
         """Times (B,), as evenly drawn as the batch allows, and the student's answers there to pictures noised."""
         check_said(student, self.at)
-        t = wide(x0.new_tensor(self.at, device="cpu"))[drawn_which(len(x0), len(self.at), rng)].to(x0.device)
+        t = beside(x0, torch.tensor(self.at, dtype=torch.float64)[drawn_which(len(x0), len(self.at), rng)])
         eps = noise_like(x0, rng)
         return t, ended(student, noised(student.path, x0, eps, t).to(x0.dtype), t, cond)
 

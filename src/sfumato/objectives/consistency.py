@@ -21,7 +21,7 @@ from sfumato.errors import ConfigError
 from sfumato.grids import Grid, karras
 from sfumato.objectives.denoising import Loss
 from sfumato.objectives.distances import Distance
-from sfumato.objectives.draws import noise_like
+from sfumato.objectives.draws import beside, noise_like
 from sfumato.objectives.teaching import Lesson
 from sfumato.paths import Path, along, noised
 from sfumato.samplers.core import SamplerFn as Sampler
@@ -65,7 +65,7 @@ class ConsistencyDistillation:
         times = points_of(self.grid, self.points, lesson.student)
         i = torch.randint(self.points - 1, (len(x0),), generator=rng)
         pairs = torch.stack([times[i], times[i + 1]], 1)
-        t, s = (one.to(x0.device, torch.promote_types(x0.dtype, torch.float32)) for one in pairs.unbind(1))
+        t, s = (beside(x0, one) for one in pairs.unbind(1))
         x_t = noised(path, x0, noise_like(x0, rng), t).to(x0.dtype)
         with torch.no_grad():
             x_s = walked(self.solver, path, x_t, pairs, teacher)
@@ -156,7 +156,7 @@ def noised_twice(
     path: Path, x0: Tensor, t: Tensor, s: Tensor, rng: Generator | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Data with the same noise at times t and s (B,): x_t, t, x_s, s. Times as the network wants them."""
-    t, s = (one.to(x0.device, torch.promote_types(x0.dtype, torch.float32)) for one in (t, s))
+    t, s = (beside(x0, one) for one in (t, s))
     eps = noise_like(x0, rng)
     return noised(path, x0, eps, t).to(x0.dtype), t, noised(path, x0, eps, s).to(x0.dtype), s
 

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Generator, Tensor
 
+from sfumato.devices import moved
 from sfumato.errors import ConfigError, MachineError
 from sfumato.objectives.draws import noise_like
 from sfumato.paths import Linear, Path, along
@@ -146,7 +147,7 @@ def _chunks(x0: Tensor, eps: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tenso
 def _taken(eps: Tensor, places: list[Tensor]) -> Tensor:
     """The rows of the noise at some places of each chunk."""
     parts = torch.split(eps, [len(one) for one in places])
-    return torch.cat([part[place.to(eps.device)] for part, place in zip(parts, places, strict=True)])
+    return torch.cat([part[moved(place, eps.device)] for part, place in zip(parts, places, strict=True)])
 
 
 def _at_least_two(chunk: int) -> None:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from sfumato.denoiser import Cond, Denoiser, translated
+from sfumato.devices import moved
 from sfumato.objectives.critics import (
     Heads,
     Listening,
@@ -33,7 +34,7 @@ from sfumato.objectives.critics import (
     valued,
 )
 from sfumato.objectives.denoising import Denoising, Loss
-from sfumato.objectives.draws import noise_like, times_for
+from sfumato.objectives.draws import beside, noise_like, times_for
 from sfumato.objectives.endpoints import begun_with, regression, teacher_of
 from sfumato.objectives.teaching import Lesson, Teacher
 from sfumato.objectives.weights import Flat, Weight
@@ -137,7 +138,7 @@ class DistributionMatching:
         shown, drawn, rows = regression(lesson, x0, cond, rng, self.at, self.flow)
         parts = dict(shown.parts)
         teacher = teacher_of(lesson.taught, rows)
-        learned, _ = self._learning(teacher, critic, drawn.detach(), x0[rows.to(x0.device)], rng, parts)
+        learned, _ = self._learning(teacher, critic, drawn.detach(), x0[moved(rows, x0.device)], rng, parts)
         return shown._replace(value=valued(shown.value, shown.value + learned), parts=detached(parts))
 
     def generated(self, student: Denoiser, x0: Tensor, cond: Cond | None, rng: Generator | None) -> Tensor:
@@ -146,24 +147,21 @@ class DistributionMatching:
         Without gradients it walks from noise to that step, as `samplers.consistency` does, with new noise each time.
         """
         check_said(student, self.at)
-        path, wide = student.path, torch.promote_types(x0.dtype, torch.float32)
+        path = student.path
         which = drawn_which(len(x0), len(self.at), rng)
-        t = torch.tensor(self.at, dtype=wide)[which].to(x0.device)
-
-        def noise(n: int) -> Tensor:
-            return torch.randn((n, *x0.shape[1:]), generator=rng, dtype=x0.dtype).to(x0.device)
+        t = beside(x0, torch.tensor(self.at, dtype=torch.float64)[which])
 
         if not self.simulate:
-            return ended(student, noised(path, x0, noise(len(x0)), t).to(x0.dtype), t, cond)
-        x = begun_with(path, noise(len(x0)), self.at[0])
+            return ended(student, noised(path, x0, noise_like(x0, rng), t).to(x0.dtype), t, cond)
+        x = begun_with(path, noise_like(x0, rng), self.at[0])
         for i, (here, there) in enumerate(pairwise(self.at)):
             rows = (which > i).nonzero()[:, 0]
-            places, n = rows.to(x0.device), len(rows)
+            places, n = moved(rows, x0.device), len(rows)
             if not n:
                 break
             with torch.no_grad():
                 end = ended(student, x[places], t.new_full((n,), here), rows_of(cond, rows))
-            x = x.index_copy(0, places, noised(path, end, noise(n), t.new_full((n,), there)).to(x.dtype))
+            x = x.index_copy(0, places, noised(path, end, noise_like(x0[:n], rng), t.new_full((n,), there)).to(x.dtype))
         return ended(student, x, t, cond)
 
     def _compared(

@@ -18,8 +18,9 @@ from torch import Generator, Tensor
 from sfumato.denoiser import Cond
 from sfumato.objectives.critics import ended, rows_of, wide
 from sfumato.objectives.denoising import Loss
+from sfumato.objectives.draws import noise_like
 from sfumato.objectives.teaching import Lesson, Teacher
-from sfumato.paths import Path
+from sfumato.paths import Path, spread
 from sfumato.samplers.dpm_solver import dpmpp_2m
 from sfumato.samplers.drive import sample
 
@@ -41,7 +42,7 @@ def regression(
     steps between two of the times.
     """
     few, many, student = torch.arange(math.ceil(len(x0) / len(at))), len(at), lesson.student
-    eps = torch.randn(x0[: len(few)].shape, generator=rng, dtype=x0.dtype).to(x0.device)
+    eps = noise_like(x0[: len(few)], rng)
     begun, end = walked(teacher_of(lesson.taught, few), eps, at, flow)
     t, rows = wide(x0.new_tensor(at)).repeat_interleave(len(few)), few.repeat(many)
     drawn = ended(student, torch.cat(begun), t, rows_of(cond, rows))
@@ -66,5 +67,4 @@ def walked(teacher: Teacher, eps: Tensor, at: Sequence[float], flow: int) -> tup
 
 def begun_with(path: Path, eps: Tensor, t: float) -> Tensor:
     """Noise as sampling begins with at a time: of the spread that x_t has for data of unit variance."""
-    first = torch.tensor(t, dtype=torch.float64)
-    return eps * math.hypot(float(path.alpha(first)), float(path.sigma(first)))
+    return eps * spread(path, torch.tensor(t, dtype=torch.float64))

@@ -14,11 +14,12 @@ import torch
 from torch import Generator, Tensor
 
 from sfumato.denoiser import Cond, Denoiser
+from sfumato.devices import moved
 from sfumato.errors import ConfigError
 from sfumato.grids import Grid, trailing
 from sfumato.objectives.consistency import same_chance
 from sfumato.objectives.denoising import Loss
-from sfumato.objectives.draws import noise_like
+from sfumato.objectives.draws import beside, noise_like
 from sfumato.objectives.teaching import Lesson, checked_scales, drawn_scales
 from sfumato.paths import along, noised
 from sfumato.samplers.consistency import boundary_shares
@@ -73,14 +74,13 @@ class LatentConsistency:
         start = torch.randint(self.points, (len(x0),), generator=rng)
         ends = (start + self.skip).clamp(max=self.points)
         pairs = torch.stack([times[start], times[ends]], 1)
-        dtype = torch.promote_types(x0.dtype, torch.float32)
-        t, s = (one.to(x0.device, dtype) for one in pairs.unbind(1))
+        t, s = (beside(x0, one) for one in pairs.unbind(1))
         eps = noise_like(x0, rng)
         scale, told = drawn_scales(self.scales, cond, t, rng)
         x_t = noised(student.path, x0, eps, t).to(x0.dtype)
         with torch.no_grad():
             x_s = walked(ddim, student.path, x_t, pairs, lambda x, now: teacher(x, now, scale))
-            over = (ends == self.points).to(x0.device)  # nothing is asked at the end of the grid
+            over = moved(ends == self.points, x0.device)  # nothing is asked at the end of the grid
             with same_chance(x0.device):
                 said = self.end(lesson.slow or student, x_s, torch.where(over, t, s), told)
             target = torch.where(along(over, x_s), x_s, said)

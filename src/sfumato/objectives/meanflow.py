@@ -24,7 +24,7 @@ from sfumato.derivatives import along_direction, widened
 from sfumato.errors import ConfigError
 from sfumato.guidance.core import Interval
 from sfumato.objectives.denoising import Loss
-from sfumato.objectives.draws import noise_like
+from sfumato.objectives.draws import beside, noise_like
 from sfumato.objectives.teaching import Lesson
 from sfumato.paths import Path, along, noised
 from sfumato.predictions import VELOCITY, Prediction
@@ -252,7 +252,7 @@ def _depth(name: str) -> int:
 def pairs(times: Density, still: float, x0: Tensor, path: Path, rng: Generator | None) -> tuple[Tensor, Tensor, int]:
     """Where jumps begin and end, (B,) each, and how many of them, the first ones, have no length."""
     n = len(x0)
-    drawn = times(2 * n, path, rng).to(x0.device, torch.promote_types(x0.dtype, torch.float32)).chunk(2)
+    drawn = beside(x0, times(2 * n, path, rng)).chunk(2)
     t, until = torch.maximum(*drawn), torch.minimum(*drawn)
     count = min(n, round(still * n))
     until = torch.cat([t[:count], until[count:]])

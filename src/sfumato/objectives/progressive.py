@@ -15,7 +15,7 @@ from sfumato.denoiser import Cond
 from sfumato.errors import ConfigError
 from sfumato.grids import Grid, linear
 from sfumato.objectives.denoising import Denoising, Loss
-from sfumato.objectives.draws import noise_like
+from sfumato.objectives.draws import beside, noise_like
 from sfumato.objectives.teaching import Lesson, checked_scales, drawn_scales
 from sfumato.objectives.weights import TruncatedSNR, Weight
 from sfumato.paths import Path, along, noised
@@ -86,8 +86,7 @@ class Progressive:
         _check_start(student.prediction, student.path, times[:1])
         start = 2 * torch.randint(steps, (len(x0),), generator=rng)
         grids = torch.stack([times[start], times[start + 1], times[start + 2]], 1)
-        dtype = torch.promote_types(x0.dtype, torch.float32)
-        t, s = grids[:, 0].to(x0.device, dtype), grids[:, 2].to(x0.device, dtype)
+        t, s = beside(x0, grids[:, 0]), beside(x0, grids[:, 2])
         eps = noise_like(x0, rng)
         scale, told = drawn_scales(self.scales, cond, t, rng)
         x_t = noised(student.path, x0, eps, t).to(x0.dtype)

@@ -16,6 +16,7 @@ from sfumato.denoiser import Cond
 from sfumato.errors import ConfigError
 from sfumato.objectives.denoising import Inside, Loss
 from sfumato.objectives.distances import Distance
+from sfumato.objectives.draws import beside
 from sfumato.objectives.teaching import Lesson
 from sfumato.paths import Linear, Path, log_snr, noised
 from sfumato.predictions import VELOCITY
@@ -51,7 +52,7 @@ class Reflow:
         """x0: (B, ...), where the flow from `lesson.noise` ends. Times come from `rng` on the CPU."""
         student, noise = lesson.student, lesson.paired
         path, own = student.path, student.prediction
-        s = self._when(len(x0), rng).to(x0.device, torch.promote_types(x0.dtype, torch.float32))
+        s = beside(x0, self._when(len(x0), rng))
         t = time_on(path, s)
         x_t = noised(path, x0, noise, t).to(x0.dtype)
         said = student.predict(x_t, t, cond)

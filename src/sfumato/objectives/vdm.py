@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from sfumato.denoiser import Cond, Denoiser
+from sfumato.devices import moved
 from sfumato.errors import ConfigError
 from sfumato.learned import Learned
 from sfumato.objectives.denoising import Denoising, Loss
@@ -73,8 +74,8 @@ class VDM:
         """-log p(x0 | x0 with noise of the first level), over some elements of each sample."""
         assert self.levels is not None  # `ends` has checked
         flat = x0.flatten(1)
-        some = flat[:, torch.randperm(flat.shape[1], generator=rng)[:ELEMENTS].to(x0.device)]
-        noise = torch.randn(some.shape, generator=rng, dtype=x0.dtype).to(x0.device)
+        some = flat[:, moved(torch.randperm(flat.shape[1], generator=rng)[:ELEMENTS], x0.device)]
+        noise = noise_like(some, rng)
         values = torch.linspace(-1, 1, self.levels, dtype=x0.dtype, device=x0.device)
         which = ((some + 1) * (self.levels - 1) / 2).round().long().clamp(0, self.levels - 1)
         logits = -(((some + level * noise)[..., None] - values) / level).square() / 2

@@ -6,7 +6,6 @@ shard that is missing, and makes what would have been made. Pairs are of the tea
 """
 
 import hashlib
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from sfumato.data.picture import Dataset
 from sfumato.errors import ConfigError, DataError, Interrupted
 from sfumato.guidance import given, guided
 from sfumato.names import spelled_out
+from sfumato.paths import spread
 from sfumato.samplers import drive
 from sfumato.settings import fitted_grid
 from sfumato.train.cache import digest, identity
@@ -121,12 +121,12 @@ def flow_end(config: Config, student: Student, raw: Any, noise: Tensor) -> Tenso
     said = spelled_out({"sampler": wanted.sampler, "grid": wanted.grid})
     times = build(fitted_grid(said["grid"], *noise.shape[2:]), "Grid")(path, wanted.steps)
     guide = given(teacher.guidance, teacher.cond, teacher.null)
-    first = times[0].to("cpu", torch.float64)
-    spread = math.hypot(float(path.alpha(first)), float(path.sigma(first)))
     dtype = PRECISIONS[config.precision]
     with torch.autocast(noise.device.type, dtype, enabled=dtype is not torch.float32):
         denoise = guided(teacher.denoiser, path, guide, times)
-        return drive(build(said["sampler"], "Sampler")(path, noise * spread, times), denoise, _no_chance)
+        return drive(
+            build(said["sampler"], "Sampler")(path, noise * spread(path, times[0]), times), denoise, _no_chance
+        )
 
 
 def _no_chance(like: Tensor) -> Tensor:
