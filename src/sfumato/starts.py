@@ -68,11 +68,9 @@ class Begin:
 
     def restored(self, drawn: Image) -> Image:
         """The drawn pictures with what was known put back, pixel by pixel."""
-        return (
-            drawn
-            if self.mask is None or isinstance(self.images, Tensor)
-            else np.where(self.mask[None, :, :, None], drawn, self.images)
-        )
+        if self.mask is None or isinstance(self.images, Tensor):
+            return drawn
+        return np.where(self.mask[None, :, :, None], drawn, self.images)
 
 
 def begin(
