@@ -4,7 +4,8 @@
     python benchmarks/quickstart.py --name adamw optim.kind=adamw optim.lr=1e-3
 
 Trains in parts (stop, judge, resume: training continues bit for bit), so that judging takes no training time. Only the
-time inside `train` counts. Curves of several names are kept in one file and drawn in one picture.
+time inside `train` counts. The last point is judged on all prompts and on held-out ones, those before it on a quarter.
+Curves of several names are kept in one file and drawn in one picture.
 """
 
 import argparse
@@ -28,7 +29,9 @@ from sfumato.train.curves import Curve, plot
 HERE = Path(__file__).parent
 
 
-def learning_curve(recipe: str, overrides: list[str], folder: Path, points: int, per_task: int) -> list[dict[str, Any]]:
+def learning_curve(
+    recipe: str, overrides: list[str], folder: Path, points: int, per_task: int, precision: str
+) -> list[dict[str, Any]]:
     """Scores at evenly spaced moments of one training run, in a folder that is made anew."""
     shutil.rmtree(folder, ignore_errors=True)
     config = load_config(recipe, overrides).config
@@ -38,9 +41,10 @@ def learning_curve(recipe: str, overrides: list[str], folder: Path, points: int,
         with contextlib.suppress(Interrupted):
             train(config, run=folder, resume=i > 0, stop_after=part)
         seconds += time.perf_counter() - started
-        pipeline = load(folder)
+        pipeline = load(folder, precision=precision)
         last = i == points - 1
-        report = evaluate(pipeline, per_task=per_task, held_out=per_task // 2 if last else 0).as_dict()
+        prompts, hidden = (per_task, per_task // 2) if last else (max(1, per_task // 4), 0)
+        report = evaluate(pipeline, per_task=prompts, held_out=hidden).as_dict()
         tasks = {name: one["score"] for name, one in report["tasks"].items()}
         row = {"seconds": round(seconds, 1), "images": pipeline.model.facts["images"], "overall": report["overall"]}
         row |= {"low": report["low"], "high": report["high"], "tasks": tasks}
@@ -58,17 +62,20 @@ def main() -> None:
     options.add_argument("--name", default="quickstart", help="what this curve is called")
     options.add_argument("--points", type=int, default=6, help="how often to judge")
     options.add_argument("--per-task", type=int, default=100, help="prompts of each task")
+    options.add_argument("--precision", default="fp32", help="of the judging; training has the recipe's")
     options.add_argument("--results", type=Path, default=HERE / "results" / "quickstart.json")
     options.add_argument("--picture", type=Path, help="draw every curve of the results here")
     options.add_argument("--run", type=Path, default=Path("runs/benchmark-quickstart"))
     options.add_argument("--measured", action="store_true", help="write the last row beside the recipe, as measured")
     options.add_argument("--json", action="store_true", help="print one JSON object")
     chosen = options.parse_args()
-    rows = learning_curve(chosen.recipe, chosen.overrides, chosen.run, chosen.points, chosen.per_task)
+    judging = {"points": chosen.points, "per_task": chosen.per_task, "precision": chosen.precision}
+    rows = learning_curve(chosen.recipe, chosen.overrides, chosen.run, **judging)
     kept = json.loads(chosen.results.read_text(encoding="utf-8")) if chosen.results.is_file() else {"curves": {}}
     kept["curves"][chosen.name] = {
         "recipe": chosen.recipe,
         "overrides": chosen.overrides,
+        "judging": judging,
         "machine": machine(),
         "curve": rows,
     }

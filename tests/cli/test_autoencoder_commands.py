@@ -37,6 +37,18 @@ def test_it_goes_from_layout_to_layout(sfumato: Command, tmp_path: Path, autoenc
     assert sfumato("inspect", "one").code == 0
 
 
+def test_it_is_judged_by_what_it_keeps(sfumato: Command, tmp_path: Path, autoencoder: str) -> None:
+    words = ("eval", autoencoder, "--suite", "reconstruction", "--pictures", "8", "--device", "cpu")
+    scores = sfumato(*words, "--json").data
+    assert scores["images"] == 8 and not scores["held_out"] and 0 <= scores["kept"]["score"] <= 1
+    assert (tmp_path / autoencoder / "eval/reconstruction.png").is_file()
+    shown = sfumato(*words)
+    assert f"PSNR in dB  {scores['psnr']['mean']:.2f}" in shown.out and "pictures kept" in shown.out
+    pixels = sfumato("train", "tiny", *QUICK, "--run", "pixels")
+    assert pixels.code == 0
+    told(sfumato("eval", "pixels", *words[2:]), 4, "pixels", "autoencoder")
+
+
 def test_it_draws_nothing(sfumato: Command, autoencoder: str) -> None:
     for command in (("sample", autoencoder, "a red circle"), ("eval", autoencoder), ("doctor", autoencoder)):
         outcome = sfumato(*command)

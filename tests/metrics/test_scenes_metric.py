@@ -142,6 +142,60 @@ def test_a_model_that_reads_the_kind_of_scene_is_told_it() -> None:
     assert "fields" not in judged(painter).settings
 
 
+def test_a_model_that_takes_no_prompts_draws_whole_things_or_not(tmp_path: Path) -> None:
+    """Anything that a scene can hold is a hit; nothing at all and what is no shape are misses."""
+    turn = iter(range(10_000))
+
+    class Free(Painter):
+        def _painted(self, text: str, seed: int) -> np.ndarray:
+            assert text is None
+            picture = Scenes(seed=5)[seed].image.copy()
+            kind = next(turn) % 4
+            if kind == 1:
+                picture[:] = 40
+            elif kind == 2:
+                picture[4:28, 10:12] = picture[14:16, 2:30] = (220, 40, 40)  # a thin cross over whatever is there
+            return picture
+
+    painter = Free()
+    painter.model.conditioner = None
+    report = judged(painter)
+    scores = report.as_dict()
+    assert scores["tasks"].keys() == {"whole"} and scores["tasks"]["whole"]["n"] == 48
+    assert scores["overall"] == 0.5 and scores["held_out"]["overall"] is None and "placed" not in scores
+    assert [path.name for path in report.sheets(tmp_path)] == ["whole.png"]
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 64)])
+def test_things_of_a_layout_are_looked_for_where_it_has_them(size: tuple[int, int]) -> None:
+    """Who paints the layout's things in any colours places all and hits few; who paints the words, the other way."""
+
+    class Shown(Painter):
+        def _painted(self, said: Any, seed: int) -> np.ndarray:
+            assert np.asarray(said["layout"]).shape == (*self.model.size, 3)
+            if self.instead("") == "layout":
+                return np.where(said["layout"].max(2, keepdims=True) > 127, said["layout"], 40).astype(np.uint8)
+            return Scene(arranged(Random(seed + 1), parse(said["caption"]), *size), *size, 40).paint()
+
+    followed, ignored = Shown(lambda _: "layout", size), Shown(lambda _: "words", size)
+    for painter in (followed, ignored):
+        painter.model.conditioner.fields = ("caption", "layout")
+    placed, said = judged(followed).as_dict(), judged(ignored).as_dict()
+    assert placed["placed"]["score"] == 1.0 and placed["overall"] < 0.5 and placed["settings"]["layout"] == "places"
+    assert said["placed"]["score"] < 0.2 and said["overall"] == 1.0
+    assert said["placed"]["n"] == sum(sum(p.count for p in parse(s["caption"]).phrases) for s, _ in ignored.asked[:48])  # type: ignore[index]
+    assert (
+        "placed" not in judged(Painter(lambda t: t["caption"] if isinstance(t, dict) else t), layout="none").as_dict()
+    )
+
+
+def test_layouts_that_do_not_exist_or_are_not_read_are_refused() -> None:
+    with pytest.raises(ConfigError, match="no such layout"):
+        judged(Painter(), layout="place")
+    with pytest.raises(ConfigError, match="reads no layout"):
+        judged(Painter(), layout="places")
+
+
 def test_held_out_combinations_are_scored_apart() -> None:
     hidden = {caption.text for task in TASKS for caption in prompts(task, 3, held_out=True)}
     scores = judged(Painter(lambda text: None if text in hidden else text)).as_dict()
@@ -182,12 +236,11 @@ def test_a_report_is_plain_data() -> None:
 
 
 def test_models_that_cannot_be_asked_are_refused() -> None:
-    for conditioner, seen in ((None, "no conditions"), (Labels(3), "label")):
-        painter = Painter()
-        painter.model.conditioner = conditioner
-        with pytest.raises(DataError) as caught:
-            judged(painter)
-        assert caught.value.seen == seen and painter.asked == []
+    by_class = Painter()
+    by_class.model.conditioner = Labels(3)
+    with pytest.raises(DataError) as caught:
+        judged(by_class)
+    assert caught.value.seen == "label" and by_class.asked == []
     stranger = Painter()
     stranger.model.conditioner = Prompts(dim=4, heads=1, depth=1)
     with pytest.raises(DataError, match="does not know the words"):

@@ -6,11 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CONFIGS, conditions, inputs, made, normal
+from tiny import CONFIGS, conditions, inputs, made, normal, stirred
 from torch import Tensor, nn
 
 from sfumato.errors import ConfigError
 from sfumato.nets import layers
+from sfumato.nets.control_flux import FluxControl
+from sfumato.nets.control_mmdit import MMDiTControl
+from sfumato.nets.flux import Flux
+from sfumato.nets.layers import Neighbours
+from sfumato.nets.mmdit import MMDiT
 
 TEXTS = (None, "joint", "cross")
 FULL = {"classes": 3, "context_dim": 6, "pooled_dim": 5}
@@ -275,3 +280,44 @@ def test_numbers_below_one_are_named(kind: str, name: str) -> None:
     with pytest.raises(ConfigError) as caught:
         made(kind, **{name: 0})
     assert caught.value.where == f"model.net.{name}" and caught.value.seen == "0"
+
+
+def convolutions(net: nn.Module) -> dict[str, Neighbours]:
+    """Those of the neighbours, by the names of the blocks that they stand before, without what kind those are."""
+    return {name.removeprefix("local."): one for name, one in net.named_modules() if isinstance(one, Neighbours)}
+
+
+@pytest.mark.parametrize("kind", ["mmdit", "flux"])
+def test_neighbours_are_mixed_before_every_block(kind: str) -> None:
+    """Without words: what each block is given is what the one before it made, through the convolution of its own."""
+    net, (x, t) = made(kind, local=True), inputs()
+    assert isinstance(net, (MMDiT, Flux))
+    blocks = [*net.blocks] if isinstance(net, MMDiT) else [*net.double_blocks, *net.single_blocks]
+    given, answered = list[Tensor](), list[Tensor]()
+    for block in blocks:
+        block.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+        block.register_forward_hook(lambda _, args, out: answered.append(out[0] if isinstance(out, tuple) else out))
+    answer, near = net(x, t), [*convolutions(net).values()]
+    assert len(near) == len(blocks) == len(given)
+    for one, before, after in zip(near[1:], answered[:-1], given[1:], strict=True):
+        torch.testing.assert_close(one(before, (2, 3)), after, rtol=0, atol=0)
+    answer.square().sum().backward()
+    assert all(p.grad is not None and float(p.grad.abs().max()) > 0 for one in near for p in one.parameters())
+    assert not convolutions(made(kind))
+
+
+@pytest.mark.parametrize("kind", ["mmdit", "flux"])
+def test_a_control_of_a_network_that_mixes_neighbours_does_so_too(kind: str) -> None:
+    net, (x, t) = made(kind, local=True), inputs()
+    control = MMDiTControl.of(net, 2) if isinstance(net, MMDiT) else FluxControl.of(net, 1, 1)  # type: ignore[arg-type]
+    own, there = convolutions(control), convolutions(net)
+    assert len(own) == 2
+    for name, one in own.items():
+        torch.testing.assert_close(one.weight, there[name].weight, rtol=0, atol=1e-7)
+    control = stirred(control.double())
+    said = [one.clone() for one in control(x, t, hint=x)]
+    with torch.no_grad():
+        for one in own.values():
+            assert one.bias is not None
+            one.bias[0] += 1.0
+    assert all(not torch.allclose(one, other) for one, other in zip(control(x, t, hint=x), said, strict=True))

@@ -13,6 +13,7 @@ from torch import Tensor
 from sfumato.nets.layers import (
     Attention,
     FeedForward,
+    Neighbours,
     RMSNorm,
     TimeEmbedding,
     attended,
@@ -261,3 +262,18 @@ def test_modulation_is_one_sample_at_a_time() -> None:
 
 def test_a_zeroed_module_answers_nothing() -> None:
     assert torch.equal(zeroed(FeedForward(4))(torch.randn(2, 4)), torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("before", [0, 5])
+def test_neighbours_are_a_convolution_over_the_patches(before: int) -> None:
+    """Of each channel, 3 by 3, added; words at the front stay as they are."""
+    near, grid = stirred(Neighbours(4).double()), (3, 4)
+    assert near.bias is not None
+    x = normal(2, before + 12, 4)
+    want, plane = x.clone(), F.pad(x[:, before:].unflatten(1, grid), (0, 0, 1, 1, 1, 1))
+    for row in range(3):
+        for column in range(4):
+            window = plane[:, row : row + 3, column : column + 3]
+            mixed = torch.einsum("bijc,cij->bc", window, near.weight[:, 0]) + near.bias
+            want[:, before + 4 * row + column] += mixed
+    torch.testing.assert_close(near(x, grid), want, rtol=0, atol=1e-12)

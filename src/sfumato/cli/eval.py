@@ -9,18 +9,25 @@ from rich.table import Table
 from sfumato.cli.show import as_json, bar, home, made, out, say
 from sfumato.errors import ConfigError, nearest
 
-SUITES = ("scenes", "likelihood", "straightness")
+SUITES = ("scenes", "reconstruction", "likelihood", "straightness")
 
 
 def evaluate(
     run: Path = typer.Argument(..., help="A run's folder, or a model directory.", metavar="RUN|MODEL"),
-    suite: str = typer.Option("scenes", "--suite", help="What to judge by: scenes, likelihood or straightness."),
+    suite: str = typer.Option(
+        "scenes", "--suite", help="What to judge by: scenes, reconstruction, likelihood or straightness."
+    ),
     per_task: int = typer.Option(100, "--per-task", min=1, help="Prompts of each task."),
     held_out: int = typer.Option(
         50, "--held-out", min=0, help="Prompts of each task on combinations that training never showed."
     ),
+    layout: str | None = typer.Option(
+        None,
+        "--layout",
+        help="How a model that reads layouts is shown where things are: places, shapes or none. [default: places]",
+    ),
     pictures: int = typer.Option(
-        64, "--pictures", min=1, help="Held-out pictures whose likelihood is measured, or trajectories that are walked."
+        64, "--pictures", min=1, help="Held-out pictures, of every suite but scenes; of straightness, trajectories."
     ),
     probes: int = typer.Option(1, "--probes", min=1, help="Random probes of the likelihood, for each picture."),
     level: float | None = typer.Option(
@@ -37,11 +44,12 @@ def evaluate(
     precision: str = typer.Option("fp32", "--precision", help="fp32, bf16 or fp16."),
     json: bool = typer.Option(False, "--json", help="Print the scores as JSON."),
 ) -> None:
-    """Judge a model: the share of pictures that show exactly what the prompt says (scenes), bits a dimension of
-    pictures that it never saw (likelihood), or how straight its flow is (straightness); with 95% intervals.
+    """Judge a model: the share of pictures that show exactly what the prompt says (scenes), what its autoencoder keeps
+    of pictures (reconstruction), bits a dimension of pictures that it never saw (likelihood), or how straight its flow
+    is (straightness); with 95% intervals.
     """
     if suite in SUITES[1:] and precision != "fp32":
-        raise ConfigError("flows are followed in fp32", where="--precision", seen=precision, fix="--precision fp32")
+        raise ConfigError("this suite works in fp32", where="--precision", seen=precision, fix="--precision fp32")
     if suite not in SUITES:
         raise ConfigError("no such suite", where="--suite", seen=suite, fix=f"--suite {nearest(suite, SUITES)}")
     from json import dumps
@@ -50,8 +58,12 @@ def evaluate(
     from sfumato.metrics.scenes import evaluate as judge
     from sfumato.pipeline import load
 
+    place = folder or home(run) / "eval"
+    if suite == "reconstruction":
+        _reconstruction(run, place, pictures, batch, device, json)
+        return
     pipeline = load(run, device, precision=precision)
-    place = made(folder or home(run) / "eval")
+    made(place)
     if suite != "scenes":
         _flow(suite, pipeline, run, place, pictures, probes, level, steps, guidance, seed, batch, json)
         return
@@ -62,6 +74,7 @@ def evaluate(
             held_out=held_out,
             seed=seed,
             batch=batch,
+            layout=layout,  # type: ignore[arg-type]
             progress=progress,
             steps=steps,
             sampler=sampler,
@@ -76,6 +89,39 @@ def evaluate(
     else:
         out.print(_table(scores))
     say(f"scores in {place / 'scenes.json'}, hits and misses in {', '.join(path.name for path in sheets)}")
+
+
+def _reconstruction(run: Path, place: Path, pictures: int, batch: int, device: str, json: bool) -> None:
+    """The suite of autoencoders."""
+    from json import dumps
+
+    from sfumato.files import write_atomic
+    from sfumato.metrics.flow import examples
+    from sfumato.metrics.reconstruction import autoencoder, judge_reconstruction
+    from sfumato.model import pick_device
+
+    where = pick_device(device)
+    codec, found = autoencoder(run, where), examples(run, pictures)
+    with bar("reconstructing") as progress:
+        scores = judge_reconstruction(codec, found, where, batch=batch, folder=made(place), progress=progress)
+    write_atomic(place / "reconstruction.json", dumps(scores, indent=1) + "\n")
+    if json:
+        as_json(scores)
+    else:
+        shown = (("psnr", "PSNR in dB", 2), ("ms_ssim", "MS-SSIM", 4), ("kept", "pictures kept", 3))
+        for name, said, digits in shown:
+            if one := scores.get(name):
+                mean, low, high = (
+                    f"{one[key]:.{digits}f}" for key in ("mean" if "mean" in one else "score", "low", "high")
+                )
+                out.print(f"{said}  {mean}, 95% {low}-{high}, of {one['n']}", markup=False, soft_wrap=True)
+    _all_seen(found.held_out)
+    say(f"scores in {place / 'reconstruction.json'}, pictures in {place / 'reconstruction.png'}")
+
+
+def _all_seen(held_out: bool) -> None:
+    if not held_out:
+        say("the run held no pictures out: these are of those that it saw")
 
 
 def _flow(
@@ -131,8 +177,7 @@ def _flow(
         name = "bits a dimension" if suite == "likelihood" else "straightness a dimension"
         within = f", 95% {said['low']:.4f}-{said['high']:.4f}" if "low" in said else ""
         out.print(f"{name}  {said['mean']:.4f}{within}, of {said['n']}", markup=False, soft_wrap=True)
-    if not found.held_out:
-        say("the run held no pictures out: these are of those that it saw")
+    _all_seen(found.held_out)
     say(f"scores in {place / f'{suite}.json'}")
 
 
@@ -146,6 +191,8 @@ def _table(scores: dict[str, Any]) -> Table:
         *_cells({"score": scores["overall"], **scores}),
         *_cells({"score": hidden["overall"], **hidden}),
     )
+    if "placed" in scores:
+        table.add_row("things in place", *_cells(scores["placed"]))
     return table
 
 

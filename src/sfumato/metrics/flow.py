@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +25,7 @@ from sfumato.denoiser import Bound
 from sfumato.errors import ConfigError, DataError
 from sfumato.guidance import guided
 from sfumato.likelihood import LEVEL, Adaptive, Fixed, bits_per_dim, bits_through_noise, dequantised, log_likelihood
-from sfumato.metrics.intervals import Z
+from sfumato.metrics.intervals import told_mean
 from sfumato.overlay import load_config
 from sfumato.pipeline import Pipeline
 from sfumato.straightness import straightness
@@ -36,11 +35,14 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Examples:
-    """Pictures (N, H, W, 3) uint8 of a run's data with their fields, and whether training never saw them."""
+    """Pictures (N, H, W, 3) uint8 of a run's data with their fields, whether training never saw them, and the kind of
+    the data.
+    """
 
     images: Image
     fields: Sequence[Raw]
     held_out: bool
+    kind: str = ""
 
 
 def examples(run: Path, n: int) -> Examples:
@@ -58,7 +60,7 @@ def examples(run: Path, n: int) -> Examples:
     held = loader.held_out().tolist()[:n]
     places = held or indices(0, min(n, len(dataset)), len(dataset), config.seed).tolist()
     images, fields = dataset.batch(places)
-    return Examples(images, list(fields), bool(held))
+    return Examples(images, list(fields), bool(held), str(config.data["kind"]))
 
 
 def bound(pipeline: Pipeline, raw: Sequence[Raw], guidance: float | None = None) -> Bound:
@@ -120,7 +122,7 @@ def judge_likelihood(
         "held_out": found.held_out,
         "seed": seed,
     }
-    return {"suite": "likelihood", "bits_per_dim": _mean(torch.cat(each)), **facts, **_spent(started)}
+    return {"suite": "likelihood", "bits_per_dim": told_mean(torch.cat(each).tolist()), **facts, **_spent(started)}
 
 
 def _through(log_p: Tensor, x0: Tensor, noisy: Tensor, level: float, scale: float) -> Tensor:
@@ -158,23 +160,12 @@ def judge_straightness(
     whole = torch.cat(each)
     shape_of = {"t": [round(v, 4) for v in t.tolist()], "error": [round(v, 6) for v in curve.tolist()]}
     facts = {"relative": round(float(whole.mean() / torch.cat(lengths).mean()), 5), "guidance": guidance, "seed": seed}
-    return {"suite": "straightness", "straightness": _mean(whole), **facts, "curve": shape_of, **_spent(started)}
-
-
-def _mean(each: Tensor) -> dict[str, float | int]:
-    """The mean with its standard error and 95% interval."""
-    values = np.asarray(each, dtype=np.float64)
-    mean = float(values.mean())
-    error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.inf
-    if not math.isfinite(error):
-        return {"mean": round(mean, 5), "n": len(values)}
-    low, high = mean - Z * error, mean + Z * error
     return {
-        "mean": round(mean, 5),
-        "error": round(error, 5),
-        "low": round(low, 5),
-        "high": round(high, 5),
-        "n": len(values),
+        "suite": "straightness",
+        "straightness": told_mean(whole.tolist()),
+        **facts,
+        "curve": shape_of,
+        **_spent(started),
     }
 
 

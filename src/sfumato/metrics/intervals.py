@@ -1,7 +1,8 @@
-"""Intervals for shares and for means of shares."""
+"""Intervals for means, for shares and for means of shares."""
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 Z = 1.959964  # the 97.5% quantile of a normal
 
@@ -28,3 +29,20 @@ def mean_of_shares(counts: Sequence[tuple[int, int]]) -> tuple[float, float]:
     mean = sum(hits / n for hits, n in counts) / len(counts)
     reach = Z * math.sqrt(variance) / len(counts)
     return max(0.0, mean - reach), min(1.0, mean + reach)
+
+
+def told_share(hits: int, n: int) -> dict[str, Any]:
+    """A share with its interval, as plain data."""
+    low, high = wilson(hits, n)
+    return {"score": round(hits / n, 4), "low": round(low, 4), "high": round(high, 4), "n": n}
+
+
+def told_mean(values: Sequence[float]) -> dict[str, Any]:
+    """A mean with its standard error and 95% interval, as plain data; of one value, or of infinite ones, alone."""
+    n = len(values)
+    mean = math.fsum(values) / n
+    error = math.sqrt(math.fsum((one - mean) ** 2 for one in values) / (n - 1) / n) if n > 1 else math.inf
+    if not math.isfinite(error):
+        return {"mean": round(mean, 5), "n": n}
+    ends = {"low": round(mean - Z * error, 5), "high": round(mean + Z * error, 5)}
+    return {"mean": round(mean, 5), "error": round(error, 5), **ends, "n": n}

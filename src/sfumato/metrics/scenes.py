@@ -3,33 +3,63 @@
 A picture is a hit when the recogniser finds in it exactly what its prompt describes: every object, with its colour,
 size and place where they are named, and nothing else. Six tasks, as in GenEval (Ghosh et al. 2023), each on
 combinations that training showed and on such that it never did; the overall score is the unweighted mean of the tasks.
+A model that takes no prompts has one task, "whole": its pictures show objects, and nothing that is none. One that reads
+a layout is given one with each prompt, and the objects that stand where it has them are counted besides.
 """
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from random import Random
+from typing import Any, Literal
 
 from sfumato.data.picture import Image
-from sfumato.data.scenes import TASKS, VOCABULARY, Caption, prompts, recognise
+from sfumato.data.scenes import LAYOUTS, TASKS, VOCABULARY, Caption, Scene, Thing, prompts, recognise
+from sfumato.data.scenes.draw import arranged
 from sfumato.data.sheet import sheet
-from sfumato.errors import ConfigError, DataError
-from sfumato.metrics.intervals import mean_of_shares, wilson
+from sfumato.errors import ConfigError, DataError, nearest
+from sfumato.metrics.intervals import mean_of_shares, told_share
 from sfumato.model import Model
 from sfumato.pipeline import Pipeline
 
 HIT, MISS = (60, 160, 80), (205, 60, 50)
+WHOLE = "whole"  # the task of a model that is asked for nothing
+NEAR = 2 / 32  # of a picture's shorter side: how far off a thing may stand and still be where it should
+
+Layout = Literal["none", "places", "shapes"]
+
+
+def stands(wanted: Thing, found: Thing, size: tuple[int, int]) -> bool:
+    """Whether a thing of that shape was found at that place of a picture of (height, width)."""
+    near = NEAR * min(size)
+    there = abs(wanted.cy - found.cy) <= near and abs(wanted.cx - found.cx) <= near
+    return there and wanted.shape == found.shape
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A picture, what it should show, whether it does, and whether its combination was held out of training."""
+    """A picture, what it should show, whether it does, and whether its combination was held out of training.
 
-    caption: Caption
+    caption: None where nothing was asked for. wanted, placed: things of its layout, and how many of them stand there.
+    """
+
+    caption: Caption | None
     image: Image
     hit: bool
     held_out: bool
+    wanted: int = 0
+    placed: int = 0
+
+    @property
+    def task(self) -> str:
+        """The task that it counts for."""
+        return WHOLE if self.caption is None else self.caption.task
+
+    @property
+    def said(self) -> str:
+        """What a sheet says of it."""
+        return ("" if self.caption is None else self.caption.text) + (" (held out)" if self.held_out else "")
 
 
 @dataclass(frozen=True)
@@ -41,25 +71,45 @@ class Report:
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Scores with 95% intervals, as plain data."""
+        """Scores with 95% intervals, as plain data. placed: of the things of layouts, where there were any."""
         seen, hidden = ([one for one in self.judged if one.held_out is flag] for flag in (False, True))
         held_out = _scores(hidden) if hidden else {"overall": None, "tasks": {}}
         facts = {"images": len(self.judged), "seconds": round(self.seconds, 1), "settings": self.settings}
-        return {"suite": "scenes", **_scores(seen), "held_out": held_out, **facts}
+        wanted, placed = (sum(getattr(one, name) for one in seen) for name in ("wanted", "placed"))
+        layout = {"placed": told_share(placed, wanted)} if wanted else {}
+        return {"suite": "scenes", **_scores(seen), "held_out": held_out, **layout, **facts}
 
     def sheets(self, folder: Path, each: int = 8) -> list[Path]:
         """One contact sheet a task, hits framed in green and misses in red; the paths."""
         folder.mkdir(parents=True, exist_ok=True)
         paths = []
-        for task in TASKS:
-            mine = [one for one in self.judged if one.caption.task == task]
+        for task in (*TASKS, WHOLE):
+            mine = [one for one in self.judged if one.task == task]
             shown = [one for hit in (True, False) for one in [j for j in mine if j.hit is hit][:each]]
             if shown:
                 frames = [HIT if one.hit else MISS for one in shown]
-                said = [one.caption.text + (" (held out)" if one.held_out else "") for one in shown]
                 paths.append(folder / f"{task}.png")
-                sheet([one.image for one in shown], said, columns=each, frames=frames).save(paths[-1])
+                sheet([one.image for one in shown], [one.said for one in shown], columns=each, frames=frames).save(
+                    paths[-1]
+                )
         return paths
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a model is asked for: a caption or nothing, and the things that its layout shows."""
+
+    caption: Caption | None = None
+    held_out: bool = False
+    things: tuple[Thing, ...] = ()
+
+    def judge(self, image: Image) -> Judged:
+        """A picture that was drawn for it."""
+        found = recognise(image)
+        known = all("unknown" not in (thing.shape, thing.colour, thing.size) for thing in found)
+        hit = bool(found) and known if self.caption is None else self.caption.matches(found)
+        placed = sum(any(stands(thing, there, image.shape[:2]) for there in found) for thing in self.things)
+        return Judged(self.caption, image, hit, self.held_out, len(self.things), placed)
 
 
 def evaluate(
@@ -69,34 +119,69 @@ def evaluate(
     held_out: int = 50,
     seed: int = 0,
     batch: int = 100,
+    layout: Layout | None = None,
     progress: Callable[[int, int], None] | None = None,
     **settings: Any,
 ) -> Report:
     """Judges a pipeline on `per_task` prompts of each task, and on `held_out` ones of held-out combinations.
 
+    Of a model that takes no prompts, as many pictures as of six tasks are drawn. layout: how a model that reads one is
+    shown where things are, as in `sfumato.data.scenes.Scenes`; "places", unless said, and "none" shows it nothing.
     settings: of `Pipeline.sample`. Raises DataError if the model does not know the words, ConfigError for sizes that
-    scenes are not drawn in.
+    scenes are not drawn in, and for layouts that are not, or that the model does not read.
     """
-    check(pipeline.model)
+    model = pipeline.model
+    _sized(model) if model.conditioner is None else check(model)
+    shown = _layout(model, layout)
     if per_task < 1 or held_out < 0:
         raise ConfigError(
             "at least one prompt a task is needed", where="per_task", seen=str(per_task), fix="--per-task 100"
         )
     started = time.perf_counter()
-    asked = [(c, False) for task in TASKS for c in prompts(task, per_task, seed=seed)]
-    asked += [(c, True) for task in TASKS for c in prompts(task, held_out, held_out=True, seed=seed)]
+    if model.conditioner is None:
+        asked = [Asked() for _ in range(len(TASKS) * per_task)]
+    else:
+        asked = [Asked(c) for task in TASKS for c in prompts(task, per_task, seed=seed)]
+        asked += [Asked(c, True) for task in TASKS for c in prompts(task, held_out, held_out=True, seed=seed)]
     seeds = [seed * 1_000_003 + i for i in range(len(asked))]
-    labelled = "label" in getattr(pipeline.model.conditioner, "fields", ())  # the kind of scene is a class
-    said = [{"caption": c.text, "label": c.task} if labelled else c.text for c, _ in asked]
+    if shown != "none":
+        asked = [_arranged(one, each, model.size) for one, each in zip(asked, seeds, strict=True)]
+    said = [_said(model, one, shown) for one in asked]
     drawn = pipeline.sample(said, seeds=seeds, batch=batch, progress=progress, **settings)
-    judged = [
-        Judged(caption, image, caption.matches(recognise(image)), hidden)
-        for (caption, hidden), image in zip(asked, drawn.images, strict=True)
-    ]
+    judged = [one.judge(image) for one, image in zip(asked, drawn.images, strict=True)]
     once = ("prompt", "seed", "negative", "fields")
     used = {key: value for key, value in drawn.settings[0].items() if key not in once}
-    counts = {"seed": seed, "per_task": per_task, "held_out": held_out}
+    counts = {"seed": seed, "per_task": per_task, "held_out": held_out} | ({} if shown == "none" else {"layout": shown})
     return Report(judged, used | counts, time.perf_counter() - started)
+
+
+def _layout(model: Model, layout: Layout | None) -> str:
+    """How the model is shown where things are."""
+    reads = "layout" in getattr(model.conditioner, "fields", ())
+    if layout not in (None, "none", *LAYOUTS):
+        raise ConfigError("no such layout", where="layout", seen=str(layout), fix=nearest(str(layout), LAYOUTS))
+    if layout not in (None, "none") and not reads:
+        raise ConfigError("this model reads no layout", where="layout", seen=str(layout), fix="leave it out")
+    return layout or ("places" if reads else "none")
+
+
+def _arranged(asked: Asked, seed: int, size: tuple[int, int]) -> Asked:
+    """With things that its caption describes, somewhere."""
+    if asked.caption is None:
+        return asked
+    return replace(asked, things=arranged(Random(seed), asked.caption, *size))
+
+
+def _said(model: Model, asked: Asked, layout: str) -> Any:
+    """A prompt, as the pipeline takes it."""
+    if asked.caption is None:
+        return None
+    said: dict[str, Any] = {"caption": asked.caption.text}
+    if "label" in getattr(model.conditioner, "fields", ()):  # the kind of scene is a class
+        said["label"] = asked.caption.task
+    if layout != "none":
+        said["layout"] = Scene(asked.things, *model.size, background=0).layout(layout)
+    return said if len(said) > 1 else asked.caption.text
 
 
 def check(model: Model) -> None:
@@ -105,9 +190,7 @@ def check(model: Model) -> None:
     if model.conditioner is None or "caption" not in model.conditioner.fields:
         seen = "no conditions" if model.conditioner is None else ", ".join(model.conditioner.fields)
         raise DataError("scenes are asked for in words, and this model takes none", where="scenes", seen=seen, fix=fix)
-    if not 32 <= min(model.size) <= max(model.size) <= 512:
-        seen = f"{model.size[0]}x{model.size[1]}"
-        raise ConfigError("scenes are 32 to 512 px wide and high", where="the model's size", seen=seen, fix=fix)
+    _sized(model)
     try:
         model.conditioner.check([{"caption": word} for word in VOCABULARY])
     except DataError as error:
@@ -116,15 +199,19 @@ def check(model: Model) -> None:
         ) from None
 
 
+def _sized(model: Model) -> None:
+    if not 32 <= min(model.size) <= max(model.size) <= 512:
+        seen, fix = f"{model.size[0]}x{model.size[1]}", "a model that was trained on scenes: sfumato train quickstart"
+        raise ConfigError("scenes are 32 to 512 px wide and high", where="the model's size", seen=seen, fix=fix)
+
+
 def _scores(judged: Sequence[Judged]) -> dict[str, Any]:
     tasks, counts = {}, []
-    for task in TASKS:
-        mine = [one.hit for one in judged if one.caption.task == task]
+    for task in (*TASKS, WHOLE):
+        mine = [one.hit for one in judged if one.task == task]
         if mine:
-            hits, n = sum(mine), len(mine)
-            low, high = wilson(hits, n)
-            tasks[task] = {"score": round(hits / n, 4), "low": round(low, 4), "high": round(high, 4), "n": n}
-            counts.append((hits, n))
+            tasks[task] = told_share(sum(mine), len(mine))
+            counts.append((sum(mine), len(mine)))
     low, high = mean_of_shares(counts)
     overall = sum(hits / n for hits, n in counts) / len(counts)
     return {"overall": round(overall, 4), "low": round(low, 4), "high": round(high, 4), "tasks": tasks}

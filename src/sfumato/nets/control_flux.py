@@ -105,11 +105,13 @@ class FluxControl(FluxEntry):
             mask = torch.cat([context_mask, context_mask.new_ones(len(x), tokens.shape[1])], 1)
         told = (self.summary(t, label, pooled, guidance, until), mask, self.places(grid, before, x.device))
         passed = []
-        for double in self.double_blocks:
+        for i, double in enumerate(self.double_blocks):
+            tokens = self.near(tokens, "doubles", i, grid)
             tokens, words = through(double, self.checkpointing, tokens, words, *told)
             passed.append(tokens)
         tokens = tokens if words is None else torch.cat([words, tokens], 1)
-        for single in self.single_blocks:
+        for i, single in enumerate(self.single_blocks):
+            tokens = self.near(tokens, "singles", i, grid)
             tokens = through(single, self.checkpointing, tokens, *told)
             passed.append(tokens[:, before:])
         return [leave(one) for leave, one in zip(self.leave, passed, strict=True)]

@@ -88,7 +88,8 @@ class MMDiTControl(JointEntry):
         entered = (self.tokens(x) if tokens is None else tokens) + self.hint(hint).flatten(2).mT
         words, mask = self.words(context, context_mask, entered.shape[1])
         summary, said = self.summary(t, label, pooled, guidance, until), []
-        for block, leave in zip(self.blocks, self.leave, strict=True):
+        for i, (block, leave) in enumerate(zip(self.blocks, self.leave, strict=True)):
+            entered = self.near(entered, i, self._grid(x))
             entered, words = through(block, self.checkpointing, entered, words, summary, mask)
             said.append(leave(entered))
         return said

@@ -19,6 +19,7 @@ from sfumato.errors import ConfigError
 from sfumato.nets.layers import (
     Attention,
     FeedForward,
+    Neighbours,
     Numbers,
     TimeEmbedding,
     modulated,
@@ -43,8 +44,8 @@ class DiTConfig:
     span: positions run evenly from 0 up to it along both axes, whatever the size; 0 lets neighbours stand 1 apart.
     unsaid: words of a learned caption that stands for one of which no word counts; 0 for none. sizes: is told the
     picture's height, width and their ratio, so that it can be trained on small pictures without imitating them.
-    local: a 3x3 depthwise convolution over the patches before each attention (Chu et al. 2021): neighbours are known
-    from the first step on, not learned, which small data and short training reward. activation: see `FeedForward`.
+    local: `Neighbours` before each attention, which small data and short training reward. activation: see
+    `FeedForward`.
     told: numbers beside the time, see `sfumato.nets.layers.Numbers`.
     """
 
@@ -208,7 +209,7 @@ class Block(nn.Module):
     def __init__(self, config: DiTConfig, skip: bool) -> None:
         super().__init__()
         dim, crosses = config.dim, config.text == "cross" and config.context_dim > 0
-        self.local = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if config.local else None
+        self.local = Neighbours(dim) if config.local else None
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.attention = Attention(dim, config.heads, qk_norm=config.qk_norm)
         self.cross = Attention(dim, config.heads, context_dim=dim, qk_norm=config.qk_norm) if crosses else None
@@ -232,9 +233,7 @@ class Block(nn.Module):
         if self.skip is not None and skip is not None:
             x = self.skip(torch.cat([x, skip], -1))
         if self.local is not None and grid is not None:
-            before = x.shape[1] - grid[0] * grid[1]  # words have no neighbours in the picture
-            patches = x[:, before:].transpose(1, 2).unflatten(2, grid)
-            x = torch.cat([x[:, :before], x[:, before:] + self.local(patches).flatten(2).transpose(1, 2)], 1)
+            x = self.local(x, grid)
         six = summary if self.modulation is None else self.modulation(summary)
         if self.offset is not None:
             six = six + self.offset.flatten()

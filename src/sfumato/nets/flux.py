@@ -18,6 +18,7 @@ from sfumato.errors import ConfigError
 from sfumato.nets.dit import Head
 from sfumato.nets.layers import (
     FeedForward,
+    Neighbours,
     Numbers,
     RMSNorm,
     TimeEmbedding,
@@ -45,6 +46,8 @@ class FluxConfig:
     draws (a masked picture, a depth map). context_dim, pooled_dim: widths of the prompt's tokens and of its summary, 0
     for none. classes: labels 0..classes-1, and `classes` itself for "none". guidance: whether it is told a scale, as
     dev is. told: further numbers beside the time, see `sfumato.nets.layers.Numbers`; the scale is not told twice.
+    local: `Neighbours` before each block, which no published weights have, and which small data and short training
+    reward.
     """
 
     size: int | tuple[int, int] = 32
@@ -64,6 +67,7 @@ class FluxConfig:
     guidance: bool = False
     dropout: float = 0.0
     told: tuple[Literal["guidance", "until"], ...] = ()
+    local: bool = False
 
     @property
     def turning(self) -> tuple[int, int, int]:
@@ -110,6 +114,17 @@ class FluxEntry(nn.Module):
         self.pooled = mlp(config.pooled_dim, dim) if config.pooled_dim else None
         self.label = nn.Embedding(config.classes + 1, dim) if config.classes else None
         self.context = nn.Linear(config.context_dim, dim) if config.context_dim else None
+        counts = {"doubles": config.double, "singles": config.single} if config.local else {}
+        self.local = nn.ModuleDict(
+            {kind: nn.ModuleList(Neighbours(dim) for _ in range(count)) for kind, count in counts.items()}
+        )
+
+    def near(self, tokens: Tensor, kind: str, block: int, grid: tuple[int, int]) -> Tensor:
+        """Tokens as a block of a kind, "doubles" or "singles", is given them."""
+        if not self.local:
+            return tokens
+        mixed: Tensor = self.local[kind][block](tokens, grid)  # type: ignore[index]
+        return mixed
 
     def places(self, grid: tuple[int, int], before: int, device: torch.device) -> Rope:
         """Rotary positions of so many words and of a picture's patches."""
@@ -172,11 +187,13 @@ class Flux(FluxEntry):
             mask = torch.cat([context_mask, context_mask.new_ones(len(x), grid[0] * grid[1])], 1)
         told = (self.summary(t, label, pooled, guidance, until), mask, self.places(grid, before, x.device))
         added = list(residuals) if residuals is not None else [None] * (config.double + config.single)
-        for double, one in zip(self.double_blocks, added, strict=False):
+        for i, (double, one) in enumerate(zip(self.double_blocks, added, strict=False)):
+            tokens = self.near(tokens, "doubles", i, grid)
             tokens, words = through(double, self.checkpointing, tokens, words, *told)
             tokens = tokens if one is None else tokens + one
         tokens = tokens if words is None else torch.cat([words, tokens], 1)
-        for single, one in zip(self.single_blocks, added[config.double :], strict=True):
+        for i, (single, one) in enumerate(zip(self.single_blocks, added[config.double :], strict=True)):
+            tokens = self.near(tokens, "singles", i, grid)
             tokens = through(single, self.checkpointing, tokens, *told)
             tokens = tokens if one is None else tokens + F.pad(one, (0, 0, before, 0))
         return unfolded(self.head(tokens[:, before:], told[0]), grid, config.patch)

@@ -266,6 +266,22 @@ class FeedForward(nn.Module):
         return out
 
 
+class Neighbours(nn.Conv2d):
+    """A 3x3 depthwise convolution over a picture's tokens (B, M + height * width, dim), added to them (Chu et al.
+    2021): what stands beside what is known from the first step on, not learned. The M tokens before it, of words, have
+    no neighbours.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, dim, 3, padding=1, groups=dim)
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:  # type: ignore[override]
+        before = tokens.shape[1] - grid[0] * grid[1]
+        patches = tokens[:, before:]
+        mixed = patches + super().forward(patches.mT.unflatten(2, grid)).flatten(2).mT
+        return torch.cat([tokens[:, :before], mixed], 1) if before else mixed
+
+
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x (B, L, D) by the sample's shift and scale (B, D): the affine half of an adaptive layer norm."""
     return torch.addcmul(shift[:, None], x, 1 + scale[:, None])

@@ -18,6 +18,7 @@ from sfumato.errors import ConfigError
 from sfumato.nets.dit import Head
 from sfumato.nets.layers import (
     FeedForward,
+    Neighbours,
     Numbers,
     RMSNorm,
     TimeEmbedding,
@@ -41,7 +42,8 @@ class MMDiTConfig:
     dual: the blocks with a second attention of the picture alone. qk_norm: RMS-normalised queries and keys.
     context_dim, pooled_dim: widths of the prompt's tokens and of its summary, 0 for none; without tokens there is one
     stream. classes: labels 0..classes-1, and `classes` itself for "none". out_channels: in_channels unless said.
-    told: numbers beside the time, see `sfumato.nets.layers.Numbers`.
+    told: numbers beside the time, see `sfumato.nets.layers.Numbers`. local: `Neighbours` before each block, which no
+    published weights have, and which small data and short training reward.
     """
 
     size: int | tuple[int, int] = 32
@@ -61,6 +63,7 @@ class MMDiTConfig:
     step: float = 1.0
     dropout: float = 0.0
     told: tuple[Literal["guidance", "until"], ...] = ()
+    local: bool = False
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -109,6 +112,11 @@ class JointEntry(nn.Module):
         self.pooled = mlp(config.pooled_dim, dim) if config.pooled_dim else None
         self.label = nn.Embedding(config.classes + 1, dim) if config.classes else None
         self.context = nn.Linear(config.context_dim, dim) if config.context_dim else None
+        self.local = nn.ModuleList(Neighbours(dim) for _ in range(config.depth if config.local else 0))
+
+    def near(self, tokens: Tensor, block: int, grid: tuple[int, int]) -> Tensor:
+        """A picture's tokens as a block is given them."""
+        return self.local[block](tokens, grid) if self.local else tokens
 
     def tokens(self, x: Tensor) -> Tensor:
         """A picture's tokens with their places, (B, L, dim)."""
@@ -177,18 +185,18 @@ class MMDiT(JointEntry):
         until: Tensor | None = None,
         residuals: Sequence[Tensor | None] | None = None,
     ) -> Tensor:
-        height, width = self._grid(x)
-        tokens = self.tokens(x)
-        words, mask = self.words(context, context_mask, height * width)
+        grid, tokens = self._grid(x), self.tokens(x)
+        words, mask = self.words(context, context_mask, tokens.shape[1])
         summary = self.summary(t, label, pooled, guidance, until)
-        for block, added in zip_longest(self.blocks, residuals or ()):
+        for i, (block, added) in enumerate(zip_longest(self.blocks, residuals or ())):
+            tokens = self.near(tokens, i, grid)
             tokens, words = through(block, self.checkpointing, tokens, words, summary, mask)
             tokens = tokens if added is None else tokens + added
-        return _unfolded(self.head(tokens, summary), height, width, self.config.patch)
+        return _unfolded(self.head(tokens, summary), *grid, self.config.patch)
 
     def _initialise(self) -> None:
         for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and not isinstance(module, Neighbours):
                 nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
         for module in (*self.time.mlp, *(self.pooled or ()), self.label):
