@@ -63,7 +63,7 @@ def main() -> None:
     options.add_argument("--points", type=int, default=6, help="how often to judge")
     options.add_argument("--per-task", type=int, default=100, help="prompts of each task")
     options.add_argument("--precision", default="fp32", help="of the judging; training has the recipe's")
-    options.add_argument("--results", type=Path, default=HERE / "results" / "quickstart.json")
+    options.add_argument("--results", type=Path, default=HERE / "results" / "recipes.json")
     options.add_argument("--picture", type=Path, help="draw every curve of the results here")
     options.add_argument("--run", type=Path, default=Path("runs/benchmark-quickstart"))
     options.add_argument("--measured", action="store_true", help="write the last row beside the recipe, as measured")

@@ -1,7 +1,8 @@
 """Draws the pictures of the documentation.
 
-python docs/pictures/draw.py                      # those that follow from the library alone
-python docs/pictures/draw.py runs/quickstart      # and those of a trained model
+python docs/pictures/draw.py                                # those that follow from the library alone
+python docs/pictures/draw.py runs/quickstart                # and those of a trained model
+python docs/pictures/draw.py --recipe dit-scenes runs/dit-scenes   # a recipe's learning curve, and what came of it
 """
 
 import json
@@ -15,6 +16,7 @@ from sfumato.bench import samplers as measured
 from sfumato.catalogue import build
 from sfumato.data.scenes import Scenes
 from sfumato.data.sheet import sheet
+from sfumato.metrics.scenes import evaluate
 from sfumato.paths import log_snr
 from sfumato.train.curves import Curve, plot
 
@@ -91,10 +93,34 @@ def of_a_model(run: str) -> None:
     sheet(drawn, said, columns=len(SCALES)).save(HERE / "guidances.png", optimize=True)
 
 
+def of_a_recipe(recipe: str, run: str) -> None:
+    """The curve that `benchmarks/quickstart.py` measured, and twelve pictures, two of each task, with their layouts
+    above them where the model reads one.
+    """
+    kept = json.loads((HERE.parents[1] / "benchmarks" / "results" / "recipes.json").read_text())["curves"]
+    if recipe in kept:
+        rows = kept[recipe]["curve"]
+        shares = {"overall": [row["overall"] for row in rows]}
+        if len(rows[0]["tasks"]) > 1:
+            shares |= {task: [row["tasks"][task] for row in rows] for task in rows[0]["tasks"]}
+        seconds = [row["seconds"] for row in rows]
+        curves = [Curve(name, seconds, shown) for name, shown in shares.items()]
+        plot(HERE / f"{recipe}-curve.png", f"{recipe}: scene score", curves, "seconds of training")
+    judged = evaluate(load(run), per_task=2, held_out=0, seed=21).judged
+    images, said = [one.image for one in judged], [one.said for one in judged]
+    layouts = [one.layout for one in judged if one.layout is not None]
+    columns = len(judged) if layouts else len(judged) // 2
+    drawn = sheet([*layouts, *images], [""] * len(layouts) + said, columns=columns)
+    drawn.save(HERE / f"{recipe}-grid.png", optimize=True)
+
+
 if __name__ == "__main__":
-    scenes()
-    paths()
-    errors()
-    tries()
-    for one in sys.argv[1:]:
-        of_a_model(one)
+    if sys.argv[1:2] == ["--recipe"]:
+        of_a_recipe(*sys.argv[2:])
+    else:
+        scenes()
+        paths()
+        errors()
+        tries()
+        for one in sys.argv[1:]:
+            of_a_model(one)

@@ -15,6 +15,7 @@ from sfumato.conditioners import Labels
 from sfumato.data.scenes import TASKS, Scene, Scenes, parse, prompts
 from sfumato.data.scenes.draw import arranged
 from sfumato.errors import ConfigError, DataError
+from sfumato.image_conditions import Inpainting
 from sfumato.metrics.intervals import mean_of_shares, wilson
 from sfumato.metrics.scenes import HIT, MISS, Report, evaluate
 from sfumato.pipeline import Samples
@@ -189,6 +190,28 @@ def test_things_of_a_layout_are_looked_for_where_it_has_them(size: tuple[int, in
     )
 
 
+def test_a_model_that_is_told_the_kind_alone() -> None:
+    """Any scene of the kind is a hit, of whatever colour and place; of another kind, or with one thing more, a miss."""
+
+    class Kinds(Painter):
+        def _painted(self, said: Any, seed: int) -> np.ndarray:
+            assert said.keys() == {"label"}
+            text = self.instead(prompts(said["label"], 1, seed=seed)[0].text)
+            return Scene(arranged(Random(seed), parse(str(text)), 32, 32), 32, 32, 40).paint()
+
+    def told(painter: Painter) -> dict[str, Any]:
+        painter.model.conditioner = Labels()
+        painter.model.conditioner.prepare(Scenes())
+        return judged(painter).as_dict()
+
+    scores = told(Kinds())
+    assert scores["overall"] == 1.0 and scores["held_out"]["overall"] is None and scores["images"] == 48
+    others = told(Kinds(lambda text: "three red crosses"))["tasks"]
+    assert {name: one["score"] for name, one in others.items()} == dict.fromkeys(TASKS, 0.0) | {"counting": 1.0}
+    alike = told(Kinds(lambda text: "a red circle and a blue circle"))["tasks"]
+    assert {name: one["score"] for name, one in alike.items() if one["score"]} == {"counting": 1.0, "binding": 1.0}
+
+
 def test_layouts_that_do_not_exist_or_are_not_read_are_refused() -> None:
     with pytest.raises(ConfigError, match="no such layout"):
         judged(Painter(), layout="place")
@@ -236,11 +259,12 @@ def test_a_report_is_plain_data() -> None:
 
 
 def test_models_that_cannot_be_asked_are_refused() -> None:
-    by_class = Painter()
-    by_class.model.conditioner = Labels(3)
-    with pytest.raises(DataError) as caught:
-        judged(by_class)
-    assert caught.value.seen == "label" and by_class.asked == []
+    for conditioner, seen in ((Labels(3), "single"), (Inpainting(), "image, mask")):
+        painter = Painter()
+        painter.model.conditioner = conditioner
+        with pytest.raises(DataError) as caught:
+            judged(painter)
+        assert caught.value.seen == seen and painter.asked == []
     stranger = Painter()
     stranger.model.conditioner = Prompts(dim=4, heads=1, depth=1)
     with pytest.raises(DataError, match="does not know the words"):

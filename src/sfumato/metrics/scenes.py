@@ -3,8 +3,9 @@
 A picture is a hit when the recogniser finds in it exactly what its prompt describes: every object, with its colour,
 size and place where they are named, and nothing else. Six tasks, as in GenEval (Ghosh et al. 2023), each on
 combinations that training showed and on such that it never did; the overall score is the unweighted mean of the tasks.
-A model that takes no prompts has one task, "whole": its pictures show objects, and nothing that is none. One that reads
-a layout is given one with each prompt, and the objects that stand where it has them are counted besides.
+A model that is told the kind of scene alone is judged by whether its pictures hold what such scenes hold; of one that
+is told nothing they show objects, and nothing that is none, which is its one task, "whole". A model that reads a layout
+is given one with each prompt, and the objects that stand where it has them are counted besides.
 """
 
 import time
@@ -25,6 +26,16 @@ from sfumato.pipeline import Pipeline
 
 HIT, MISS = (60, 160, 80), (205, 60, 50)
 WHOLE = "whole"  # the task of a model that is asked for nothing
+# How many things scenes of a kind hold, and of how many shapes if that is fixed.
+KINDS: dict[str, tuple[range, int | None]] = {
+    "single": (range(1, 2), None),
+    "colours": (range(1, 2), None),
+    "two": (range(2, 3), 2),
+    "counting": (range(2, 5), 1),
+    "position": (range(2, 3), 2),
+    "binding": (range(2, 3), None),
+    WHOLE: (range(1, 100), None),
+}
 NEAR = 2 / 32  # of a picture's shorter side: how far off a thing may stand and still be where it should
 
 Layout = Literal["none", "places", "shapes"]
@@ -41,25 +52,24 @@ def stands(wanted: Thing, found: Thing, size: tuple[int, int]) -> bool:
 class Judged:
     """A picture, what it should show, whether it does, and whether its combination was held out of training.
 
-    caption: None where nothing was asked for. wanted, placed: things of its layout, and how many of them stand there.
+    task: that it counts for. caption: None where no words were said. layout: what was shown; wanted, placed: the things
+    of that, and how many of them stand there.
     """
 
+    task: str
     caption: Caption | None
     image: Image
     hit: bool
     held_out: bool
+    layout: Image | None = None
     wanted: int = 0
     placed: int = 0
 
     @property
-    def task(self) -> str:
-        """The task that it counts for."""
-        return WHOLE if self.caption is None else self.caption.task
-
-    @property
     def said(self) -> str:
         """What a sheet says of it."""
-        return ("" if self.caption is None else self.caption.text) + (" (held out)" if self.held_out else "")
+        told = "" if self.task == WHOLE else self.task if self.caption is None else self.caption.text
+        return told + (" (held out)" if self.held_out else "")
 
 
 @dataclass(frozen=True)
@@ -97,19 +107,28 @@ class Report:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a model is asked for: a caption or nothing, and the things that its layout shows."""
+    """What a model is asked for: a task's caption, a kind of scene alone, or nothing; and a layout with its things."""
 
+    task: str = WHOLE
     caption: Caption | None = None
     held_out: bool = False
     things: tuple[Thing, ...] = ()
+    layout: Image | None = None
 
     def judge(self, image: Image) -> Judged:
         """A picture that was drawn for it."""
         found = recognise(image)
-        known = all("unknown" not in (thing.shape, thing.colour, thing.size) for thing in found)
-        hit = bool(found) and known if self.caption is None else self.caption.matches(found)
+        hit = of_kind(self.task, found) if self.caption is None else self.caption.matches(found)
         placed = sum(any(stands(thing, there, image.shape[:2]) for there in found) for thing in self.things)
-        return Judged(self.caption, image, hit, self.held_out, len(self.things), placed)
+        return Judged(self.task, self.caption, image, hit, self.held_out, self.layout, len(self.things), placed)
+
+
+def of_kind(task: str, things: Sequence[Thing]) -> bool:
+    """Whether a scene of that kind may hold these things: all known, as many, and of like or unlike shapes."""
+    counts, shapes = KINDS[task]
+    kinds = len({thing.shape for thing in things})
+    known = all("unknown" not in (thing.shape, thing.colour, thing.size) for thing in things)
+    return known and len(things) in counts and shapes in (None, kinds)
 
 
 def evaluate(
@@ -125,28 +144,33 @@ def evaluate(
 ) -> Report:
     """Judges a pipeline on `per_task` prompts of each task, and on `held_out` ones of held-out combinations.
 
-    Of a model that takes no prompts, as many pictures as of six tasks are drawn. layout: how a model that reads one is
+    A model without words has no held-out ones. layout: how a model that reads one is
     shown where things are, as in `sfumato.data.scenes.Scenes`; "places", unless said, and "none" shows it nothing.
     settings: of `Pipeline.sample`. Raises DataError if the model does not know the words, ConfigError for sizes that
     scenes are not drawn in, and for layouts that are not, or that the model does not read.
     """
     model = pipeline.model
-    _sized(model) if model.conditioner is None else check(model)
+    fields = getattr(model.conditioner, "fields", ())
+    if "caption" in fields:
+        check(model)
+    else:
+        _without_words(model)
     shown = _layout(model, layout)
     if per_task < 1 or held_out < 0:
         raise ConfigError(
             "at least one prompt a task is needed", where="per_task", seen=str(per_task), fix="--per-task 100"
         )
     started = time.perf_counter()
-    if model.conditioner is None:
-        asked = [Asked() for _ in range(len(TASKS) * per_task)]
+    if "caption" in fields:
+        asked = [Asked(task, c) for task in TASKS for c in prompts(task, per_task, seed=seed)]
+        hidden = [Asked(t, c, True) for t in TASKS for c in prompts(t, held_out, held_out=True, seed=seed)]
+        asked += hidden
     else:
-        asked = [Asked(c) for task in TASKS for c in prompts(task, per_task, seed=seed)]
-        asked += [Asked(c, True) for task in TASKS for c in prompts(task, held_out, held_out=True, seed=seed)]
+        asked = [Asked(task if fields else WHOLE) for task in TASKS for _ in range(per_task)]
     seeds = [seed * 1_000_003 + i for i in range(len(asked))]
     if shown != "none":
-        asked = [_arranged(one, each, model.size) for one, each in zip(asked, seeds, strict=True)]
-    said = [_said(model, one, shown) for one in asked]
+        asked = [_arranged(one, each, model.size, shown) for one, each in zip(asked, seeds, strict=True)]
+    said = [_said(model, one) for one in asked]
     drawn = pipeline.sample(said, seeds=seeds, batch=batch, progress=progress, **settings)
     judged = [one.judge(image) for one, image in zip(asked, drawn.images, strict=True)]
     once = ("prompt", "seed", "negative", "fields")
@@ -165,23 +189,40 @@ def _layout(model: Model, layout: Layout | None) -> str:
     return layout or ("places" if reads else "none")
 
 
-def _arranged(asked: Asked, seed: int, size: tuple[int, int]) -> Asked:
-    """With things that its caption describes, somewhere."""
+def _arranged(asked: Asked, seed: int, size: tuple[int, int], layout: str) -> Asked:
+    """With things that its caption describes, somewhere, and a layout of them."""
     if asked.caption is None:
         return asked
-    return replace(asked, things=arranged(Random(seed), asked.caption, *size))
+    things = arranged(Random(seed), asked.caption, *size)
+    return replace(asked, things=things, layout=Scene(things, *size, background=0).layout(layout))
 
 
-def _said(model: Model, asked: Asked, layout: str) -> Any:
+def _said(model: Model, asked: Asked) -> Any:
     """A prompt, as the pipeline takes it."""
     if asked.caption is None:
-        return None
+        return None if asked.task == WHOLE else {"label": asked.task}
     said: dict[str, Any] = {"caption": asked.caption.text}
     if "label" in getattr(model.conditioner, "fields", ()):  # the kind of scene is a class
         said["label"] = asked.caption.task
-    if layout != "none":
-        said["layout"] = Scene(asked.things, *model.size, background=0).layout(layout)
+    if asked.layout is not None:
+        said["layout"] = asked.layout
     return said if len(said) > 1 else asked.caption.text
+
+
+def _without_words(model: Model) -> None:
+    """Raises DataError for a model that is told something else than the kind of scene."""
+    _sized(model)
+    if model.conditioner is None:
+        return
+    fix = "a model that was trained on scenes: sfumato train quickstart"
+    if tuple(model.conditioner.fields) != ("label",):
+        what, seen = "scenes are asked for in words or by their kind", ", ".join(model.conditioner.fields)
+        raise DataError(what, where="scenes", seen=seen, fix=fix)
+    try:
+        model.conditioner.check([{"label": task} for task in TASKS])
+    except DataError as error:
+        what = "the classes of this model are not the kinds of scenes"
+        raise DataError(what, where="scenes", seen=error.seen, fix=fix) from None
 
 
 def check(model: Model) -> None:

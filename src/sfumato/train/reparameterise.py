@@ -14,7 +14,10 @@ from sfumato.model import Model
 from sfumato.nets.dit import DiT
 from sfumato.train.start import Start, model_of
 
-SAME = ("patch", "dim", "depth", "heads", "mlp_ratio", "in_channels", "out_channels", "qk_norm", "skips", "local")
+SAME = (
+    *("patch", "dim", "depth", "heads", "mlp_ratio", "in_channels", "out_channels"),
+    *("positions", "qk_norm", "skips", "local", "activation"),
+)
 
 
 def reparameterise(model: Model, start: Start, time: float) -> None:
