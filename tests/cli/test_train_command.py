@@ -204,6 +204,11 @@ def test_prompts_with_unknown_words_are_found_before_the_first_step(sfumato: Com
 # the configuration itself
 
 
+def test_an_objective_for_other_models_is_refused_before_the_first_step(sfumato: Command, tmp_path: Path) -> None:
+    told(sfumato("train", "tiny", *QUICK, "objective=hybrid"), 2, "variance", "model.answers=[x0,x0_variance]")
+    assert [path.name for path in (tmp_path / "runs" / "tiny").iterdir()] == [".lock"]
+
+
 def test_the_printed_configuration_is_one(sfumato: Command, tmp_path: Path) -> None:
     outcome = sfumato("train", "tiny", "steps=7", "optim.lr=1e-7", "--print-config")
     assert outcome.code == 0

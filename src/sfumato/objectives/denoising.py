@@ -48,6 +48,15 @@ class Phased(Protocol):
         ...
 
 
+@runtime_checkable
+class Particular(Protocol):
+    """An objective that not every model can learn by."""
+
+    def check(self, model: Denoiser) -> None:
+        """ConfigError for a model that cannot."""
+        ...
+
+
 @dataclass(frozen=True)
 class Denoising:
     """A weighted square error of the network's answer.

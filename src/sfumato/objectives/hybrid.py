@@ -56,7 +56,7 @@ class Hybrid:
 
     def __call__(self, model: Denoiser, x0: Tensor, cond: Cond | None = None, rng: Generator | None = None) -> Loss:
         """x0: (B, ...). Steps and noise come from `rng` on the CPU, so they do not depend on the device."""
-        _checked(model)
+        self.check(model)
         n = self.count(model.path)
         i = (times_for(x0, Uniform(), model.path, rng) * n).ceil().long().clamp(1, n) - 1
         t = ((i + 1) / n).to(torch.promote_types(x0.dtype, torch.float32))
@@ -71,6 +71,15 @@ class Hybrid:
         bound = n * torch.where(known, self.bound(model.path, i, x0, mean, share), 0.0).mean()
         parts = {"simple": simple.detach(), "bound": bound.detach()}
         return Loss(simple + self.scale * bound, square.detach(), t, parts)
+
+    def check(self, model: Denoiser) -> None:
+        """ConfigError for a model that answers no variance, and for a schedule that is learned."""
+        if VARIANCE not in model.answers:
+            what, fix = "this objective teaches a variance", f"model.answers=[x0,{VARIANCE}], or objective=denoising"
+            raise ConfigError(what, where="model.answers", seen=", ".join(model.answers), fix=fix)
+        if isinstance(model.path, Learned):
+            what, fix = "a learned schedule has a bound of its own", "objective=vdm"
+            raise ConfigError(what, where="objective.kind", seen="hybrid", fix=fix)
 
     def count(self, path: Path) -> int:
         """How many steps the reverse process has."""
@@ -104,15 +113,6 @@ class Hybrid:
         whole = torch.where(inside > 1e-6, whole, far)
         ends = torch.where(x0 < -EDGE, torch.special.log_ndtr(above), torch.special.log_ndtr(-below))
         return torch.where(x0.abs() > EDGE, ends, whole)
-
-
-def _checked(model: Denoiser) -> None:
-    if VARIANCE not in model.answers:
-        what, fix = "this objective teaches a variance", f"model.answers=[x0,{VARIANCE}], or objective=denoising"
-        raise ConfigError(what, where="model.answers", seen=", ".join(model.answers), fix=fix)
-    if isinstance(model.path, Learned):
-        what, fix = "a learned schedule has a bound of its own", "objective=vdm"
-        raise ConfigError(what, where="objective.kind", seen="hybrid", fix=fix)
 
 
 @lru_cache(maxsize=16)

@@ -22,7 +22,7 @@ from sfumato.data.loader import Batch, Loader
 from sfumato.data.order import indices
 from sfumato.errors import ConfigError, DataError, Interrupted
 from sfumato.model import AutoencoderModel, Model, compile_net, pick_device
-from sfumato.objectives.denoising import Phased
+from sfumato.objectives.denoising import Particular, Phased
 from sfumato.overlay import resolved
 from sfumato.train import checkpoint
 from sfumato.train.cache import cache_for
@@ -147,6 +147,8 @@ class Run:
         objective = build(config.objective, "Objective")
         files_ = None if state is None else state.files
         self.model = to_train(config, self.section, self.dataset, objective, self.folder, files_, start)
+        if isinstance(objective, Particular) and isinstance(self.model, Model):
+            objective.check(self.model.denoiser)
         self.model.to(self.device)
         if config.method is not None:
             self.model = student_of(self.model, config, objective, self.device).to(self.device)
