@@ -48,6 +48,8 @@ def learning_curve(
         tasks = {name: one["score"] for name, one in report["tasks"].items()}
         row = {"seconds": round(seconds, 1), "images": pipeline.model.facts["images"], "overall": report["overall"]}
         row |= {"low": report["low"], "high": report["high"], "tasks": tasks}
+        if "placed" in report:
+            row["placed"] = report["placed"]["score"]
         if last:
             row["held_out"] = report["held_out"]["overall"]
         rows.append(row)

@@ -2,7 +2,8 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,15 +44,17 @@ def plot(path: Path, title: str, curves: Sequence[Curve], x_label: str, *, log_y
     y_range = _range([y for curve in kept for y in curve.y], log_y)
     _axes(draw, font, x_range, y_range, log_y, x_label)
     draw.text((LEFT * SCALE, 12 * SCALE), title, INK, ImageFont.load_default(size=15 * SCALE))
+    lines = []
     for i, curve in enumerate(kept):
         colour = COLOURS[sum(not c.faint for c in kept[:i]) % len(COLOURS)]
         pale = tuple((c + 2 * 255) // 3 for c in colour)
         points = [(_across(x, x_range), _up(y, y_range, log_y)) for x, y in zip(curve.x, curve.y, strict=True)]
+        lines.append(points)
         if len(points) > 1:
             draw.line(points, pale if curve.faint else colour, SCALE * (1 if curve.faint else 2), joint="curve")
         else:
             draw.circle(points[0], 3 * SCALE, colour)
-    _legend(draw, font, [curve for curve in kept if not curve.faint])
+    _legend(draw, font, [curve.name for curve in kept if not curve.faint], lines)
     path.parent.mkdir(parents=True, exist_ok=True)
     data = io.BytesIO()
     image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS).save(data, "PNG")
@@ -113,12 +116,36 @@ def _axes(
 
 
 def _legend(
-    draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, curves: Sequence[Curve]
+    draw: ImageDraw.ImageDraw,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    names: Sequence[str],
+    lines: Sequence[Sequence[tuple[float, float]]],
 ) -> None:
-    for i, curve in enumerate(curves):
-        y = (TOP + 14 + 18 * i) * SCALE
-        draw.line(((WIDTH - 190) * SCALE, y, (WIDTH - 165) * SCALE, y), COLOURS[i % len(COLOURS)], 3 * SCALE)
-        draw.text(((WIDTH - 158) * SCALE, y), curve.name, INK, font, anchor="lm")
+    """Names with their colours, in the corner that the fewest curves cross. lines: the curves, in pixels."""
+    if not names:
+        return
+    width = max(draw.textlength(name, font) for name in names) + 44 * SCALE
+    height = (18 * len(names) + 6) * SCALE
+    left, right = (LEFT + 8) * SCALE, (WIDTH - RIGHT - 8) * SCALE - width
+    top, bottom = (TOP + 6) * SCALE, (HEIGHT - BOTTOM - 6) * SCALE - height
+    passed = [point for line in lines for point in _walked(line)]
+
+    def crossed(corner: tuple[float, float]) -> int:
+        x0, y0 = corner
+        return sum(x0 <= x <= x0 + width and y0 <= y <= y0 + height for x, y in passed)
+
+    x0, y0 = min([(right, top), (left, top), (right, bottom), (left, bottom)], key=crossed)
+    for i, name in enumerate(names):
+        y = y0 + (12 + 18 * i) * SCALE
+        draw.line((x0 + 4 * SCALE, y, x0 + 29 * SCALE, y), COLOURS[i % len(COLOURS)], 3 * SCALE)
+        draw.text((x0 + 36 * SCALE, y), name, INK, font, anchor="lm")
+
+
+def _walked(line: Sequence[tuple[float, float]]) -> Iterator[tuple[float, float]]:
+    """Points of a line, and some between them."""
+    yield from line[:1]
+    for (x0, y0), (x1, y1) in pairwise(line):
+        yield from ((x0 + (x1 - x0) * part / 16, y0 + (y1 - y0) * part / 16) for part in range(1, 17))
 
 
 def _ticks(low: float, high: float, log: bool) -> list[float]:
