@@ -82,12 +82,13 @@ def test_a_fresh_control_says_nothing(base: Path, tmp_path: Path) -> None:
     assert np.abs(own.astype(int) - plain).max() <= 1
 
 
-def test_a_resumed_run_is_the_same_to_the_last_bit(base: Path, tmp_path: Path) -> None:
-    """Also with pictures drawn and validated on the way."""
+@pytest.mark.parametrize("written", [True, False])
+def test_a_resumed_run_is_the_same_to_the_last_bit(base: Path, tmp_path: Path, written: bool) -> None:
+    """Also with pictures drawn and validated on the way, by what the run wrote down or by what it was begun with."""
     config = controlled(base, "samples={every: 4, count: 2}", "validate={every: 4, batches: 1, holdout: 8}")
     train(config, run=tmp_path / "whole")
     stopped(config, tmp_path / "parts", 2)
-    again = load_config(str(tmp_path / "parts/config.yaml")).config
+    again = load_config(str(tmp_path / "parts/config.yaml")).config if written else config
     train(again, run=tmp_path / "parts", resume=True)
     assert kept(tmp_path / "whole") == kept(tmp_path / "parts")
 

@@ -5,7 +5,10 @@ around its own, and its settings of sampling come along. `sfumato.train.teaching
 distillation asks for.
 """
 
+from pathlib import Path
+
 from sfumato.config import Config
+from sfumato.overlay import load_config
 from sfumato.train.control import under_control
 from sfumato.train.start import Start, read_start, with_start
 
@@ -23,3 +26,14 @@ def begun(config: Config) -> tuple[Config, Start | None]:
     if config.control is not None:
         start = under_control(start, config.control, config.seed)
     return with_start(config, start), start
+
+
+def resumed(config: Config, folder: Path) -> Config:
+    """The configuration to go on with: the model and its sampling are what the run wrote down, where the configuration
+    names what to start from and no model, or a method that changes the model that it is given.
+    """
+    if config.model is not None and config.method is None:
+        return config
+    kept = load_config(str(folder / "config.yaml")).config
+    sampling = config.sampling if "sampling" in config.model_fields_set else kept.sampling
+    return config.model_copy(update={"model": kept.model, "sampling": sampling})

@@ -19,7 +19,7 @@ from sfumato.errors import ConfigError, MemoryShortage
 from sfumato.model import pick_device
 from sfumato.overlay import as_yaml, resolved
 from sfumato.train import checkpoint, pairs
-from sfumato.train.begin import begun
+from sfumato.train.begin import begun, resumed
 from sfumato.train.run import Run
 from sfumato.train.start import FOLDER
 from sfumato.train.step import pick_precision
@@ -52,7 +52,7 @@ def train(config: Config, *, run: str | Path, resume: bool = False, stop_after: 
             files.sweep(place)
         precision = pick_precision(config.precision, pick_device(config.device))
         config = config.model_copy(update={"precision": precision})  # so that the folder says what was meant
-        config, start = (config, None) if resume else as_student(*begun(config))
+        config, start = (resumed(config, folder), None) if resume else as_student(*begun(config))
         with closing(Run(config, folder, resume, start, stopping)) as made:
             files.write_atomic(folder / "config.yaml", as_yaml(resolved(config)))
             return made.go(stopping, stop_after)
