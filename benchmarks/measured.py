@@ -9,7 +9,7 @@ from sfumato.overlay import MEASURED
 
 def write_measured(recipe: str, entry: dict[str, Any]) -> None:
     """Puts an entry beside the recipe, in place of any before. entry: score, low, high, images, machine, and where they
-    are known held_out, steps and seconds.
+    are known held_out, steps, seconds, and metric, what the score is a share of where it is not the scene score.
     """
     kept = json.loads(MEASURED.read_text(encoding="utf-8"))
     kept[recipe] = entry

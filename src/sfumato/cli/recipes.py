@@ -1,7 +1,7 @@
 """`sfumato recipes`: the configurations that come with the library."""
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from sfumato.cli.show import as_json, out
 
@@ -16,13 +16,14 @@ def recipes(json: bool = typer.Option(False, "--json", help="As JSON.")) -> None
     if json:
         as_json(rows)
         return
+    name = Column("recipe", no_wrap=True)
     table = Table(
-        "recipe", "what it makes", "score", "in 1, 2, 4 steps", box=None, header_style="bold", padding=(0, 2, 0, 0)
+        name, "what it makes", "score", "1, 2, 4 steps", box=None, header_style="bold", padding=(0, 2, 0, 0)
     )
     for one in found():
         measured = one.measured or {}
         score, few = measured.get("score"), measured.get("steps", {})
-        said = "" if score is None else f"{score:.2f}"
+        said = "" if score is None else f"{score:.2f} {measured.get('metric', '')}".strip()
         table.add_row(one.name, one.summary, said, " ".join(f"{of_steps:.2f}" for of_steps in few.values()))
     out.print(table)
     out.print(
