@@ -17,9 +17,7 @@ def recipes(json: bool = typer.Option(False, "--json", help="As JSON.")) -> None
         as_json(rows)
         return
     name = Column("recipe", no_wrap=True)
-    table = Table(
-        name, "what it makes", "score", "1, 2, 4 steps", box=None, header_style="bold", padding=(0, 2, 0, 0)
-    )
+    table = Table(name, "what it makes", "score", "1, 2, 4 steps", box=None, header_style="bold", padding=(0, 2, 0, 0))
     for one in found():
         measured = one.measured or {}
         score, few = measured.get("score"), measured.get("steps", {})
