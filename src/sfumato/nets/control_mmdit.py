@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sfumato.nets.layers import through, zeroed
 from sfumato.nets.mmdit import JointBlock, JointEntry, MMDiT, MMDiTConfig
+from sfumato.nets.patches import grid_of
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,9 @@ class MMDiTControl(JointEntry):
         entered = (self.tokens(x) if tokens is None else tokens) + self.hint(hint).flatten(2).mT
         words, mask = self.words(context, context_mask, entered.shape[1])
         summary, said = self.summary(t, label, pooled, guidance, until), []
+        grid = grid_of(x, self.config.net.patch)
         for i, (block, leave) in enumerate(zip(self.blocks, self.leave, strict=True)):
-            entered = self.near(entered, i, self._grid(x))
+            entered = self.near(entered, i, grid)
             entered, words = through(block, self.checkpointing, entered, words, summary, mask)
             said.append(leave(entered))
         return said
