@@ -216,7 +216,7 @@ def write_transformer(folder: Path, net: MMDiT, dtype: torch.dtype) -> None:
 
 def _config(config: MMDiTConfig) -> dict[str, Any]:
     size = config.size if isinstance(config.size, int) else max(config.size)
-    for name, odd in (("classes", config.classes > 0), ("mlp_ratio", config.mlp_ratio != 4)):
+    for name, odd in (("classes", config.classes > 0), ("mlp_ratio", config.mlp_ratio != 4), ("local", config.local)):
         if odd:
             seen = f"{name} {getattr(config, name)}"
             raise ConfigError("Stable Diffusion 3 has no such network", where="--to diffusers", seen=seen)
