@@ -127,15 +127,14 @@ def recipe_of(run: Path) -> str | None:
     if not (run / "config.yaml").is_file():
         return None
     said = load_config(str(run / "config.yaml")).config
-    if said.start not in (None, said.teacher):
-        return None
-    return next((name for name in all_methods() if told_alike(load_config(name).config, said)), None)
+    configs = {one.name: load_config(one.name).config for one in recipes()}
+    return next((name for name, config in configs.items() if told_alike(config, said)), None)
 
 
-def told_alike(one: Config, other: Config) -> bool:
-    """Whether two configurations teach alike."""
-    mine, theirs = resolved(one), resolved(other)
-    return all(mine[name] == theirs[name] for name in TELLING)
+def told_alike(recipe: Config, run: Config) -> bool:
+    """Whether a run's configuration teaches as a recipe does, and begins where it does, or with its teacher."""
+    mine, theirs = resolved(recipe), resolved(run)
+    return run.start in (recipe.start, run.teacher) and all(mine[name] == theirs[name] for name in TELLING)
 
 
 def measured(row: dict[str, Any]) -> dict[str, Any]:
