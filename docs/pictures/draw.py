@@ -98,8 +98,8 @@ def of_a_recipe(recipe: str, run: str) -> None:
     above them where the model reads one.
     """
     kept = json.loads((HERE.parents[1] / "benchmarks" / "results" / "recipes.json").read_text())["curves"]
-    if recipe in kept:
-        rows = kept[recipe]["curve"]
+    rows = kept[recipe]["curve"] if recipe in kept else []
+    if len(rows) > 1:
         shares = {"overall": [row["overall"] for row in rows]}
         if len(rows[0]["tasks"]) > 1:
             shares |= {task: [row["tasks"][task] for row in rows] for task in rows[0]["tasks"]}

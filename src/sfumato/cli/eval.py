@@ -52,6 +52,10 @@ def evaluate(
         raise ConfigError("this suite works in fp32", where="--precision", seen=precision, fix="--precision fp32")
     if suite not in SUITES:
         raise ConfigError("no such suite", where="--suite", seen=suite, fix=f"--suite {nearest(suite, SUITES)}")
+    if layout is not None:
+        from sfumato.data.scenes import check_layout
+
+        check_layout(layout, "--layout")
     from json import dumps
 
     from sfumato.files import write_atomic
@@ -111,12 +115,16 @@ def _reconstruction(run: Path, place: Path, pictures: int, batch: int, device: s
         shown = (("psnr", "PSNR in dB", 2), ("ms_ssim", "MS-SSIM", 4), ("kept", "pictures kept", 3))
         for name, said, digits in shown:
             if one := scores.get(name):
-                mean, low, high = (
-                    f"{one[key]:.{digits}f}" for key in ("mean" if "mean" in one else "score", "low", "high")
-                )
-                out.print(f"{said}  {mean}, 95% {low}-{high}, of {one['n']}", markup=False, soft_wrap=True)
+                _line(said, one, digits)
     _all_seen(found.held_out)
     say(f"scores in {place / 'reconstruction.json'}, pictures in {place / 'reconstruction.png'}")
+
+
+def _line(name: str, one: dict[str, Any], digits: int) -> None:
+    """A share or a mean, with its interval where it has one."""
+    within = f", 95% {one['low']:.{digits}f}-{one['high']:.{digits}f}" if "low" in one else ""
+    value = one["mean"] if "mean" in one else one["score"]
+    out.print(f"{name}  {value:.{digits}f}{within}, of {one['n']}", markup=False, soft_wrap=True)
 
 
 def _all_seen(held_out: bool) -> None:
@@ -174,9 +182,7 @@ def _flow(
     if json:
         as_json(scores)
     else:
-        name = "bits a dimension" if suite == "likelihood" else "straightness a dimension"
-        within = f", 95% {said['low']:.4f}-{said['high']:.4f}" if "low" in said else ""
-        out.print(f"{name}  {said['mean']:.4f}{within}, of {said['n']}", markup=False, soft_wrap=True)
+        _line("bits a dimension" if suite == "likelihood" else "straightness a dimension", said, 4)
     _all_seen(found.held_out)
     say(f"scores in {place / f'{suite}.json'}")
 

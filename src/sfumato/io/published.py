@@ -17,6 +17,7 @@ from sfumato.io.fill import fill_weights, unfilled
 from sfumato.io.keymap import ORIGINAL, OURS, renamed, some
 from sfumato.io.parts import INDEX, read_own, write_vae
 from sfumato.io.pretrained import read_json, read_state
+from sfumato.io.spelling import keep_spelling, spelled
 from sfumato.model import AutoencoderModel, Model, Trainable, build_model
 from sfumato.nets.controlled import Controlled
 from sfumato.stored import FILES
@@ -62,6 +63,7 @@ def _folder(folder: Path) -> Published:
     found.facts = own.get("facts") or found.facts
     if "answers" in own:
         found.section["answers"] = own["answers"]
+    found.section = spelled(folder, own, found.section)
     return found
 
 
@@ -84,7 +86,12 @@ def save_published(folder: Path, model: Trainable, *, dtype: torch.dtype = torch
         files.publish(Path(folder), lambda place: write_vae(place, codec, dtype))
         return
     family, whole = _owner(model, "diffusers")
-    files.publish(Path(folder), lambda place: family.write_folder(place, whole, dtype))
+
+    def write(place: Path) -> None:
+        family.write_folder(place, whole, dtype)
+        keep_spelling(place, whole)
+
+    files.publish(Path(folder), write)
 
 
 def save_file(file: Path, model: Trainable, *, dtype: torch.dtype = torch.float32) -> None:

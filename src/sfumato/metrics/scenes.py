@@ -16,15 +16,16 @@ from random import Random
 from typing import Any, Literal
 
 from sfumato.data.picture import Image
-from sfumato.data.scenes import LAYOUTS, TASKS, VOCABULARY, Caption, Scene, Thing, prompts, recognise
+from sfumato.data.scenes import TASKS, VOCABULARY, Caption, Scene, Thing, check_layout, prompts, recognise
 from sfumato.data.scenes.draw import arranged
 from sfumato.data.sheet import sheet
-from sfumato.errors import ConfigError, DataError, nearest
+from sfumato.errors import ConfigError, DataError
 from sfumato.metrics.intervals import mean_of_shares, told_share
 from sfumato.model import Model
 from sfumato.pipeline import Pipeline
 
 HIT, MISS = (60, 160, 80), (205, 60, 50)
+FIX = "a model that was trained on scenes: sfumato train quickstart"
 WHOLE = "whole"  # the task of a model that is asked for nothing
 # How many things scenes of a kind hold, and of how many shapes if that is fixed.
 KINDS: dict[str, tuple[range, int | None]] = {
@@ -127,8 +128,7 @@ def of_kind(task: str, things: Sequence[Thing]) -> bool:
     """Whether a scene of that kind may hold these things: all known, as many, and of like or unlike shapes."""
     counts, shapes = KINDS[task]
     kinds = len({thing.shape for thing in things})
-    known = all("unknown" not in (thing.shape, thing.colour, thing.size) for thing in things)
-    return known and len(things) in counts and shapes in (None, kinds)
+    return all(thing.known for thing in things) and len(things) in counts and shapes in (None, kinds)
 
 
 def evaluate(
@@ -144,14 +144,13 @@ def evaluate(
 ) -> Report:
     """Judges a pipeline on `per_task` prompts of each task, and on `held_out` ones of held-out combinations.
 
-    A model without words has no held-out ones. layout: how a model that reads one is
-    shown where things are, as in `sfumato.data.scenes.Scenes`; "places", unless said, and "none" shows it nothing.
-    settings: of `Pipeline.sample`. Raises DataError if the model does not know the words, ConfigError for sizes that
-    scenes are not drawn in, and for layouts that are not, or that the model does not read.
+    A model without words has no held-out ones. layout: how a model that reads one is shown where things are, as in
+    `sfumato.data.scenes.Scenes`; "places", unless said, and "none" shows it nothing. settings: of `Pipeline.sample`.
+    Raises DataError if the model does not know the words or the kinds, ConfigError for sizes that scenes are not drawn
+    in, and for layouts that do not exist or that the model does not read.
     """
     model = pipeline.model
-    fields = getattr(model.conditioner, "fields", ())
-    if "caption" in fields:
+    if "caption" in _fields(model):
         check(model)
     else:
         _without_words(model)
@@ -161,12 +160,7 @@ def evaluate(
             "at least one prompt a task is needed", where="per_task", seen=str(per_task), fix="--per-task 100"
         )
     started = time.perf_counter()
-    if "caption" in fields:
-        asked = [Asked(task, c) for task in TASKS for c in prompts(task, per_task, seed=seed)]
-        hidden = [Asked(t, c, True) for t in TASKS for c in prompts(t, held_out, held_out=True, seed=seed)]
-        asked += hidden
-    else:
-        asked = [Asked(task if fields else WHOLE) for task in TASKS for _ in range(per_task)]
+    asked = _questions(_fields(model), per_task, held_out, seed)
     seeds = [seed * 1_000_003 + i for i in range(len(asked))]
     if shown != "none":
         asked = [_arranged(one, each, model.size, shown) for one, each in zip(asked, seeds, strict=True)]
@@ -179,11 +173,24 @@ def evaluate(
     return Report(judged, used | counts, time.perf_counter() - started)
 
 
+def _fields(model: Model) -> tuple[str, ...]:
+    """What a model is told; nothing without a conditioner."""
+    return () if model.conditioner is None else tuple(model.conditioner.fields)
+
+
+def _questions(fields: Sequence[str], per_task: int, held_out: int, seed: int) -> list[Asked]:
+    """What a model that is told these fields is asked, the held-out combinations last."""
+    if "caption" not in fields:
+        return [Asked(task if fields else WHOLE) for task in TASKS for _ in range(per_task)]
+    seen = [Asked(task, c) for task in TASKS for c in prompts(task, per_task, seed=seed)]
+    return seen + [Asked(task, c, True) for task in TASKS for c in prompts(task, held_out, held_out=True, seed=seed)]
+
+
 def _layout(model: Model, layout: Layout | None) -> str:
     """How the model is shown where things are."""
-    reads = "layout" in getattr(model.conditioner, "fields", ())
-    if layout not in (None, "none", *LAYOUTS):
-        raise ConfigError("no such layout", where="layout", seen=str(layout), fix=nearest(str(layout), LAYOUTS))
+    reads = "layout" in _fields(model)
+    if layout is not None:
+        check_layout(layout, "layout")
     if layout not in (None, "none") and not reads:
         raise ConfigError("this model reads no layout", where="layout", seen=str(layout), fix="leave it out")
     return layout or ("places" if reads else "none")
@@ -202,7 +209,7 @@ def _said(model: Model, asked: Asked) -> Any:
     if asked.caption is None:
         return None if asked.task == WHOLE else {"label": asked.task}
     said: dict[str, Any] = {"caption": asked.caption.text}
-    if "label" in getattr(model.conditioner, "fields", ()):  # the kind of scene is a class
+    if "label" in _fields(model):  # the kind of scene is a class
         said["label"] = asked.caption.task
     if asked.layout is not None:
         said["layout"] = asked.layout
@@ -214,36 +221,34 @@ def _without_words(model: Model) -> None:
     _sized(model)
     if model.conditioner is None:
         return
-    fix = "a model that was trained on scenes: sfumato train quickstart"
-    if tuple(model.conditioner.fields) != ("label",):
-        what, seen = "scenes are asked for in words or by their kind", ", ".join(model.conditioner.fields)
-        raise DataError(what, where="scenes", seen=seen, fix=fix)
+    if _fields(model) != ("label",):
+        what, seen = "scenes are asked for in words or by their kind", ", ".join(_fields(model))
+        raise DataError(what, where="scenes", seen=seen, fix=FIX)
     try:
         model.conditioner.check([{"label": task} for task in TASKS])
     except DataError as error:
         what = "the classes of this model are not the kinds of scenes"
-        raise DataError(what, where="scenes", seen=error.seen, fix=fix) from None
+        raise DataError(what, where="scenes", seen=error.seen, fix=FIX) from None
 
 
 def check(model: Model) -> None:
     """Raises DataError for a model that cannot be asked for scenes, ConfigError for one of another size than theirs."""
-    fix = "a model that was trained on scenes: sfumato train quickstart"
     if model.conditioner is None or "caption" not in model.conditioner.fields:
-        seen = "no conditions" if model.conditioner is None else ", ".join(model.conditioner.fields)
-        raise DataError("scenes are asked for in words, and this model takes none", where="scenes", seen=seen, fix=fix)
+        seen = ", ".join(_fields(model)) or "no conditions"
+        raise DataError("scenes are asked for in words, and this model takes none", where="scenes", seen=seen, fix=FIX)
     _sized(model)
     try:
         model.conditioner.check([{"caption": word} for word in VOCABULARY])
     except DataError as error:
         raise DataError(
-            "this model does not know the words of scenes", where="scenes", seen=error.seen, fix=fix
+            "this model does not know the words of scenes", where="scenes", seen=error.seen, fix=FIX
         ) from None
 
 
 def _sized(model: Model) -> None:
     if not 32 <= min(model.size) <= max(model.size) <= 512:
-        seen, fix = f"{model.size[0]}x{model.size[1]}", "a model that was trained on scenes: sfumato train quickstart"
-        raise ConfigError("scenes are 32 to 512 px wide and high", where="the model's size", seen=seen, fix=fix)
+        seen = f"{model.size[0]}x{model.size[1]}"
+        raise ConfigError("scenes are 32 to 512 px wide and high", where="the model's size", seen=seen, fix=FIX)
 
 
 def _scores(judged: Sequence[Judged]) -> dict[str, Any]:

@@ -30,9 +30,9 @@ def begun(config: Config) -> tuple[Config, Start | None]:
 
 def resumed(config: Config, folder: Path) -> Config:
     """The configuration to go on with: the model and its sampling are what the run wrote down, where the configuration
-    names what to start from and no model, or a method that changes the model that it is given.
+    names what to start from and no model.
     """
-    if config.model is not None and config.method is None:
+    if config.model is not None:
         return config
     kept = load_config(str(folder / "config.yaml")).config
     sampling = config.sampling if "sampling" in config.model_fields_set else kept.sampling

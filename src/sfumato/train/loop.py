@@ -52,7 +52,7 @@ def train(config: Config, *, run: str | Path, resume: bool = False, stop_after: 
             files.sweep(place)
         precision = pick_precision(config.precision, pick_device(config.device))
         config = config.model_copy(update={"precision": precision})  # so that the folder says what was meant
-        config, start = (resumed(config, folder), None) if resume else as_student(*begun(config))
+        config, start = as_student(*((resumed(config, folder), None) if resume else begun(config)))
         with closing(Run(config, folder, resume, start, stopping)) as made:
             files.write_atomic(folder / "config.yaml", as_yaml(resolved(config)))
             return made.go(stopping, stop_after)

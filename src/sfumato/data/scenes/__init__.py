@@ -58,10 +58,17 @@ __all__ = [
     "Scene",
     "Scenes",
     "Thing",
+    "check_layout",
     "parse",
     "prompts",
     "recognise",
 ]
+
+
+def check_layout(name: str, where: str) -> None:
+    """ConfigError for a kind of layout that is neither one of `LAYOUTS` nor "none". where: it was asked for."""
+    if name not in ("none", *LAYOUTS):
+        raise ConfigError("no such layout", where=where, seen=name, fix=nearest(name, LAYOUTS))
 
 
 @dataclass(frozen=True)
@@ -123,10 +130,7 @@ class Scenes:
             raise ConfigError(
                 "a share lies between 0 and 1", where="data.rich", seen=str(self.rich), fix="data.rich=0.2"
             )
-        if self.layout not in ("none", *LAYOUTS):
-            raise ConfigError(
-                "no such layout", where="data.layout", seen=self.layout, fix=nearest(self.layout, LAYOUTS)
-            )
+        check_layout(self.layout, "data.layout")
         for task in self.tasks or {}:
             if task not in TASKS:
                 raise ConfigError("scenes has no such task", where="data.tasks", seen=task, fix=nearest(task, TASKS))

@@ -46,6 +46,11 @@ class Thing:
     cx: float
     extent: float
 
+    @property
+    def known(self) -> bool:
+        """Whether it is of a shape, a colour and a size that scenes have."""
+        return "unknown" not in (self.shape, self.colour, self.size)
+
 
 @dataclass(frozen=True)
 class Phrase:
@@ -70,7 +75,7 @@ class Phrase:
             thing.shape == self.shape
             and self.colour in (None, thing.colour)
             and self.size in (None, thing.size)
-            and "unknown" not in (thing.shape, thing.colour, thing.size)
+            and thing.known
         )
 
 
