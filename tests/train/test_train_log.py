@@ -193,6 +193,14 @@ def test_a_rising_line_is_drawn_from_corner_to_corner(tmp_path: Path) -> None:
     assert columns.min() < 0.15 * width and rows.max() > 0.85 * height and rows.min() < 0.35 * height
 
 
+def test_the_legend_stands_beside_curves_that_cross_every_corner(tmp_path: Path) -> None:
+    crossed = [Curve("up", [0, 1], [0, 1]), Curve("down", [0, 1], [1, 0])]
+    plot(tmp_path / "a.png", "", crossed, "x")
+    image = np.asarray(Image.open(tmp_path / "a.png").convert("L"))
+    assert image.shape[0] == 420 and image.shape[1] > 740
+    assert (image[:400, 710:] < 120).sum() > 50  # the names, right of the plot
+
+
 @pytest.mark.parametrize(("slope", "left"), [(3, True), (-3, False)])
 def test_the_legend_is_where_no_curve_is(tmp_path: Path, slope: int, left: bool) -> None:
     plot(tmp_path / "a.png", "", [Curve("line", range(50), [slope * x for x in range(50)])], "x")

@@ -38,26 +38,28 @@ def plot(path: Path, title: str, curves: Sequence[Curve], x_label: str, *, log_y
     kept = [curve for curve in kept if curve.x]
     if not kept:
         return
-    image = Image.new("RGB", (WIDTH * SCALE, HEIGHT * SCALE), PAPER)
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=12 * SCALE)
     x_range = _range([x for curve in kept for x in curve.x], False)
     y_range = _range([y for curve in kept for y in curve.y], log_y)
+    lines = [
+        [(_across(x, x_range), _up(y, y_range, log_y)) for x, y in zip(curve.x, curve.y, strict=True)] for curve in kept
+    ]
+    font, names = ImageFont.load_default(size=12 * SCALE), [curve.name for curve in kept if not curve.faint]
+    corner, spare = _place(font, names, lines)
+    image = Image.new("RGB", (WIDTH * SCALE + spare, HEIGHT * SCALE), PAPER)
+    draw = ImageDraw.Draw(image)
     _axes(draw, font, x_range, y_range, log_y, x_label)
     draw.text((LEFT * SCALE, 12 * SCALE), title, INK, ImageFont.load_default(size=15 * SCALE))
-    lines = []
-    for i, curve in enumerate(kept):
+    for i, (curve, points) in enumerate(zip(kept, lines, strict=True)):
         colour = COLOURS[sum(not c.faint for c in kept[:i]) % len(COLOURS)]
         pale = tuple((c + 2 * 255) // 3 for c in colour)
-        points = [(_across(x, x_range), _up(y, y_range, log_y)) for x, y in zip(curve.x, curve.y, strict=True)]
-        lines.append(points)
         if len(points) > 1:
             draw.line(points, pale if curve.faint else colour, SCALE * (1 if curve.faint else 2), joint="curve")
         else:
             draw.circle(points[0], 3 * SCALE, colour)
-    _legend(draw, font, [curve.name for curve in kept if not curve.faint], lines)
+    _legend(draw, font, names, corner)
     path.parent.mkdir(parents=True, exist_ok=True)
     data = io.BytesIO()
-    image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS).save(data, "PNG")
+    image.resize((image.width // SCALE, HEIGHT), Image.Resampling.LANCZOS).save(data, "PNG")
     files.write_atomic(path, data.getvalue())
 
 
@@ -115,26 +117,34 @@ def _axes(
     draw.text(((WIDTH + LEFT) / 2 * SCALE, (HEIGHT - 8) * SCALE), x_label, INK, font, anchor="mb")
 
 
-def _legend(
-    draw: ImageDraw.ImageDraw,
+def _place(
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
     names: Sequence[str],
     lines: Sequence[Sequence[tuple[float, float]]],
-) -> None:
-    """Names with their colours, in the corner that the fewest curves cross. lines: the curves, in pixels."""
-    if not names:
-        return
-    width = max(draw.textlength(name, font) for name in names) + 44 * SCALE
+) -> tuple[tuple[float, float], int]:
+    """Where the legend stands: in a corner that no curve crosses, or beside the plot; and the width that this takes.
+
+    lines: the curves. All of it in pixels.
+    """
+    width = max((font.getlength(name) for name in names), default=0) + 44 * SCALE
     height = (18 * len(names) + 6) * SCALE
     left, right = (LEFT + 8) * SCALE, (WIDTH - RIGHT - 8) * SCALE - width
     top, bottom = (TOP + 6) * SCALE, (HEIGHT - BOTTOM - 6) * SCALE - height
     passed = [point for line in lines for point in _walked(line)]
+    for x0, y0 in ((right, top), (left, top), (right, bottom), (left, bottom)):
+        if not any(x0 <= x <= x0 + width and y0 <= y <= y0 + height for x, y in passed):
+            return (x0, y0), 0
+    return ((WIDTH - RIGHT + 8) * SCALE, top), math.ceil(width / SCALE) * SCALE
 
-    def crossed(corner: tuple[float, float]) -> int:
-        x0, y0 = corner
-        return sum(x0 <= x <= x0 + width and y0 <= y <= y0 + height for x, y in passed)
 
-    x0, y0 = min([(right, top), (left, top), (right, bottom), (left, bottom)], key=crossed)
+def _legend(
+    draw: ImageDraw.ImageDraw,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    names: Sequence[str],
+    corner: tuple[float, float],
+) -> None:
+    """Names with their colours. corner: the upper left one, in pixels."""
+    x0, y0 = corner
     for i, name in enumerate(names):
         y = y0 + (12 + 18 * i) * SCALE
         draw.line((x0 + 4 * SCALE, y, x0 + 29 * SCALE, y), COLOURS[i % len(COLOURS)], 3 * SCALE)
