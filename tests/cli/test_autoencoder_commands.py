@@ -46,7 +46,7 @@ def test_it_is_judged_by_what_it_keeps(sfumato: Command, tmp_path: Path, autoenc
     assert f"PSNR in dB  {scores['psnr']['mean']:.2f}" in shown.out and "pictures kept" in shown.out
     pixels = sfumato("train", "tiny", *QUICK, "--run", "pixels")
     assert pixels.code == 0
-    told(sfumato("eval", "pixels", *words[2:]), 4, "pixels", "autoencoder")
+    told(sfumato("eval", "pixels", *words[2:]), 4, "no autoencoder", "seen   codec pixels", "train autoencoder-scenes")
 
 
 def test_it_draws_nothing(sfumato: Command, autoencoder: str) -> None:

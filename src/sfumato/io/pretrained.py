@@ -173,7 +173,9 @@ def _of_ours(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The codec's slot and state in a model directory of this library. CheckpointError where its codec is another."""
     slot = read_description(folder)["model"].get("codec")
     if not isinstance(slot, dict) or slot.get("kind") != LATENTS:
-        raise CheckpointError("this model has no autoencoder", where=str(folder), seen=f"codec {slot}")
+        kind = slot.get("kind") if isinstance(slot, dict) else slot
+        fix = "a run of an autoencoder, or a model in latents: sfumato train autoencoder-scenes"
+        raise CheckpointError("this model has no autoencoder", where=str(folder), seen=f"codec {kind}", fix=fix)
     verify(folder)
     state = read_weights(folder / "model.safetensors")
     return dict(slot), {key.removeprefix("codec."): one for key, one in state.items() if key.startswith("codec.")}
