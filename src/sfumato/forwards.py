@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from sfumato.controls import Control, Steered
-from sfumato.denoiser import Cond, Denoiser
+from sfumato.denoiser import Cond, Denoiser, on_path
 from sfumato.errors import ConfigError, MemoryShortage
-from sfumato.guidance import Guidance
+from sfumato.guidance import Forward, Guidance
 from sfumato.io.models import model_folder, read_model
 from sfumato.model import Model
 from sfumato.nets.controlled import Control as AnyControl
@@ -27,12 +27,26 @@ from sfumato.nets.stable_unet import StableUNet
 from sfumato.nets.variants import variant
 
 
+def weaker(denoiser: Denoiser, name: str, device: torch.device) -> Forward:
+    """What answers for a variant on the path of a denoiser: that one's network with a part of it switched off (see
+    `sfumato.nets.variants`), or another model, which is read ("model:FOLDER"). CheckpointError where that is none.
+    """
+    kind, _, folder = name.partition(":")
+    if kind != "model":
+        return variant(denoiser, name)
+    other = read_model(model_folder(folder)).denoiser.to(device).requires_grad_(False)
+    if other.path == denoiser.path:
+        return other
+    spoken = on_path(other, denoiser.path)
+    return lambda x, t, cond, **asked: spoken(x, t, cond=cond, **asked)
+
+
 class Forwards:
     """What a model answers on a device. kind: of the network's products, autocast unless it is float32."""
 
     def __init__(self, model: Model, device: torch.device, kind: torch.dtype) -> None:
         self.model, self.device, self.kind = model, device, kind
-        self._variants: dict[str, torch.nn.Module] = {}
+        self._variants: dict[str, Forward] = {}
 
     def forget(self) -> None:
         """Lets go of the variants, which are made of the network's layers: these have changed."""
@@ -52,9 +66,7 @@ class Forwards:
     def variant(self, name: str) -> Callable[..., Tensor]:
         """The forward of a variant: a weaker one of the network itself, or another model ("model:FOLDER")."""
         if name not in self._variants:
-            kind, _, folder = name.partition(":")
-            other = read_model(model_folder(folder)).to(self.device) if kind == "model" else None
-            self._variants[name] = variant(self.model.denoiser, name) if other is None else other.denoiser
+            self._variants[name] = weaker(self.model.denoiser, name, self.device)
         answer = self._variants[name]
 
         def forward(x: Tensor, t: Tensor, cond: Cond, **asked: Any) -> Tensor:

@@ -1,5 +1,6 @@
 """Pairs: made once, the same whenever they are made, kept by all that they depend on; and runs that learn from them."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +15,12 @@ from sfumato.data.pairs import Paired, PairStore
 from sfumato.data.scenes import Scenes
 from sfumato.errors import ConfigError, Interrupted
 from sfumato.grids import fitted
-from sfumato.guidance import CFG, given, guided
+from sfumato.guidance import CFG, Unguided, given, guided
 from sfumato.overlay import load_config
 from sfumato.pipeline import load
 from sfumato.samplers import drive
 from sfumato.samplers.adams_moulton import exp_abm
+from sfumato.samplers.ddim import ddim
 from sfumato.train import pairs as making
 from sfumato.train import train
 from sfumato.train.keys import generator
@@ -177,6 +179,40 @@ def test_pairs_are_named_by_what_they_depend_on(tmp_path: Path, teacher: Path, r
     shutil.copytree(teacher, other)
     train(reflow(*more, f"teacher={other}"), run=tmp_path / "d")
     assert len(list((shared / "pairs").iterdir())) == 6  # the same weights elsewhere are the same teacher
+
+
+@pytest.mark.parametrize("kind", ["skip_layers", "perturbed_attention", "cfg_plus_plus", "autoguidance"])
+def test_pairs_are_drawn_under_any_guidance(tmp_path: Path, teacher: Path, reflow: Small, kind: str) -> None:
+    """What a pipeline draws from the same noise; a flow has a grid, so that guidance may look ahead on it."""
+    slot = {"kind": kind} | ({"model": str(teacher)} if kind == "autoguidance" else {})
+    run = tmp_path / "run"
+    train(
+        reflow(f"teacher_guidance={json.dumps(slot)}", "pairs={count: 20, steps: 3, sampler: ddim}", "steps=1"), run=run
+    )
+    ends = torch.from_numpy(np.load(store_of(run) / "000000" / "moments.npy")[:4, 0])
+    noise = torch.stack([torch.randn(3, 32, 32, generator=generator(0, "pair", k)) for k in range(4)])
+    fields, pipe = Paired(Scenes(size=32, seed=1, count=200), 20, 0).fields(range(4)), load(teacher, "cpu")
+    raw = [str(one["caption"]) for one in fields]
+    path = pipe.model.denoiser.path
+    times = fitted(path, 3, pixels=32 * 32)
+    guide = pipe.guide(pipe.order(raw, 0, None, None, {"guidance": slot}))
+    with torch.no_grad():
+        denoise = guided(pipe.forwards.own, path, guide, times, pipe.forwards.variant)
+        torch.testing.assert_close(ends, drive(ddim(path, noise, times), denoise), rtol=0, atol=2e-6)
+        alone = guided(pipe.forwards.own, path, Unguided(guide.branches(path, 0.5)[0].cond))
+        plain = drive(ddim(path, noise, times), alone)
+    assert bool((ends - plain).abs().max() > 1e-4) == (kind != "autoguidance")  # which here is by itself, no weaker one
+
+
+def test_pairs_are_named_by_a_weaker_models_weights_too(tmp_path: Path, small: Small, reflow: Small) -> None:
+    weak, shared = tmp_path / "weak", tmp_path / "shared"
+    slot = f"teacher_guidance={{kind: autoguidance, model: {weak}}}"
+    for i, steps in enumerate((1, 2)):
+        train(small(f"steps={steps}"), run=weak)
+        for name in ("run", "again"):
+            train(reflow(f"pairs.folder={shared}", "steps=1", slot), run=tmp_path / f"{name}{i}")
+        assert len(list((shared / "pairs").iterdir())) == i + 1
+        shutil.rmtree(weak)
 
 
 def test_what_was_rectified_teaches_again(tmp_path: Path, reflow: Small) -> None:

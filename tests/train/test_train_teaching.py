@@ -1,7 +1,7 @@
-"""Students in the training loop: teachers under every guidance, what is kept, what goes on, and what cannot be."""
+"""Students in the training loop: what is kept, what goes on, and what cannot be."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,31 +17,15 @@ from sfumato.adapters.reading import read_adapter
 from sfumato.catalogue import METHODS, OBJECTIVES, Method
 from sfumato.cli import main
 from sfumato.config import Config
-from sfumato.denoiser import Cond, Denoiser, on_path
+from sfumato.denoiser import Cond, Denoiser
 from sfumato.errors import CheckpointError, ConfigError
-from sfumato.guidance import (
-    APG,
-    CFG,
-    CFGPlusPlus,
-    CFGZero,
-    Distilled,
-    Guidance,
-    Rescaled,
-    SkipLayers,
-    Thresholded,
-    Unguided,
-    Within,
-    given,
-    guided,
-)
+from sfumato.guidance import APG, CFG, Distilled, Unguided
 from sfumato.io.directory import load_model
-from sfumato.nets.dit import DiT, DiTConfig
 from sfumato.objectives import Loss
 from sfumato.objectives.latent_consistency import LatentConsistency
-from sfumato.objectives.teaching import Lesson, Teacher
+from sfumato.objectives.teaching import Lesson
 from sfumato.overlay import as_yaml, load_config, resolved
-from sfumato.paths import Cosine, Linear, VariancePreserving, noised
-from sfumato.predictions import VELOCITY
+from sfumato.paths import Cosine, noised
 from sfumato.train import checkpoint, train
 from sfumato.train.run import Run
 from sfumato.train.teaching import Student
@@ -73,95 +57,6 @@ def taught(base: Path, *overrides: str) -> Config:
     file = base.parent / "student.yaml"
     file.write_text(as_yaml(raw))
     return load_config(str(file), overrides).config
-
-
-# teachers
-
-SHAPE = DiTConfig(size=8, patch=4, dim=16, depth=2, heads=2, in_channels=2, classes=4)
-GUIDANCES: tuple[Guidance, ...] = (
-    Unguided(),
-    CFG(scale=3.0),
-    CFG(scale=0.5),
-    CFG(scale=3.0, interval=(0.3, 3.0)),
-    CFG(scale=3.0, rescale=0.7),
-    CFGZero(scale=2.0),
-    APG(scale=4.0),
-    Rescaled(of=CFG(scale=4.0)),
-    Thresholded(of=CFG(scale=4.0)),
-    Within(of=APG(scale=4.0), interval=(0.3, 3.0)),
-)
-
-
-class Double(nn.Module):
-    """A small random network with classes, in float64."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.net = DiT(SHAPE).double()
-        with torch.no_grad():
-            for p in self.parameters():
-                p.add_(0.1 * torch.randn(p.shape, dtype=p.dtype))
-
-    def forward(self, x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
-        return self.net(x, t, **cond)  # type: ignore[no-any-return]
-
-
-@pytest.fixture(scope="module")
-def denoiser() -> Denoiser:
-    return Denoiser(Double(), VariancePreserving(), VELOCITY).eval().requires_grad_(False)
-
-
-def rows() -> tuple[Tensor, Tensor, Cond, Callable[[], Cond]]:
-    x = torch.randn(4, 2, 8, 8, generator=Generator().manual_seed(1), dtype=torch.float64)
-    t = torch.tensor([0.1, 0.35, 0.5, 0.9], dtype=torch.float64)
-    return x, t, {"label": torch.arange(4)}, lambda: {"label": torch.full((4,), SHAPE.classes)}
-
-
-@pytest.mark.parametrize("guidance", GUIDANCES, ids=str)
-def test_a_teacher_answers_each_row_as_sampling_would(denoiser: Denoiser, guidance: Guidance) -> None:
-    x, t, cond, null = rows()
-    teacher = Teacher(denoiser, cond, null, guidance)
-    said = teacher(x, t)
-    for i, time in enumerate(t.tolist()):
-        own, none = ({name: value[i : i + 1] for name, value in one.items()} for one in (cond, null()))
-        filled = given(guidance, own, lambda none=none: none)
-        alone = guided(denoiser, denoiser.path, filled)(x[i : i + 1], time)
-        torch.testing.assert_close(said[i : i + 1], alone, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(teacher.bound()(x, t), said, rtol=0, atol=0)
-
-
-def test_a_scale_stands_in_for_the_guidance(denoiser: Denoiser) -> None:
-    """One for all, or one a row; by rows and by scale alike."""
-    x, t, cond, null = rows()
-    teacher = Teacher(denoiser, cond, null, APG(scale=4.0))
-    scales = torch.tensor([1.0, 2.0, 3.5, 0.0], dtype=torch.float64)
-    said = teacher(x, t, scales)
-    for i, scale in enumerate(scales.tolist()):
-        plain = Teacher(denoiser, cond, null, CFG(scale=scale))
-        torch.testing.assert_close(said[i], plain(x, t)[i], rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(plain._by_rows(x, t)[i], said[i], rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(teacher(x, t, scale)[i], said[i], rtol=1e-9, atol=1e-9)
-    assert torch.equal(teacher(x, t, 1.0), Teacher(denoiser, cond, null, Unguided())(x, t))
-
-
-def test_a_teacher_is_asked_on_its_students_path(denoiser: Denoiser) -> None:
-    x, t, cond, null = rows()
-    for path in (Linear(), Cosine()):
-        teacher = Teacher(denoiser, cond, null, CFG(scale=2.0), spoken=path)
-        own = Teacher(denoiser, cond, null, CFG(scale=2.0))
-        assert teacher.path == path and own.path == denoiser.path
-        torch.testing.assert_close(teacher(x, t), on_path(own.bound(), path)(x, t), rtol=1e-9, atol=1e-9)
-
-
-def test_what_a_teacher_cannot_be_asked_is_named(denoiser: Denoiser) -> None:
-    x, t, cond, null = rows()
-    with pytest.raises(ConfigError, match="no variants of its network"):
-        Teacher(denoiser, cond, null, SkipLayers(blocks=(0,)))(x, t)
-    with pytest.raises(ConfigError, match=r"CFG\+\+[\s\S]*no grid"):
-        Teacher(denoiser, cond, null, CFGPlusPlus())(x, t)
-    with pytest.raises(ConfigError, match="needs a teacher"):
-        _ = Lesson(denoiser).taught
 
 
 # from a teacher to a student that can be used
@@ -376,6 +271,8 @@ def test_what_cannot_be_meant_is_named(base: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no teacher to learn from"):
         train(small(f"teacher={tmp_path / 'nowhere'}", LCM), run=tmp_path / "b")
     train(taught(base, LCM, "steps=1", SAMPLED), run=tmp_path / "ends")
+    with pytest.raises(ConfigError, match="needs a teacher"):
+        _ = Lesson(load_model(base / "model").denoiser).taught
     with pytest.raises(ConfigError, match=r"a teacher is asked for E\[x0 \| x_t\]"):
         train(taught(tmp_path / "ends", GUIDED), run=tmp_path / "c")
     with pytest.raises(ConfigError, match=r"objective.grid|unknown grid|no such"):

@@ -20,11 +20,12 @@ from sfumato.guidance.core import (
     given,
     guided,
     log_snr_interval,
+    rows_within,
     started,
     varied,
 )
 from sfumato.guidance.distilled import Distilled
-from sfumato.guidance.weaker import Autoguidance, PerturbedAttention, SkipLayers
+from sfumato.guidance.weaker import Autoguidance, PerturbedAttention, SkipLayers, models_of
 
 __all__ = [
     "APG",
@@ -51,6 +52,8 @@ __all__ = [
     "given",
     "guided",
     "log_snr_interval",
+    "models_of",
+    "rows_within",
     "started",
     "varied",
 ]

@@ -193,6 +193,17 @@ def log_snr_interval(low: float, high: float) -> Interval:
     return math.exp(-high / 2), math.exp(-low / 2)
 
 
+def rows_within(interval: Interval, path: Path, t: Tensor) -> Tensor:
+    """`within` of each of the times (B,): where it is so, (n,) on the CPU, in order. Waits for the device of t."""
+    low, high = interval
+    time = t.detach().cpu().double()
+    with torch.no_grad():
+        alpha, sigma = path.alpha(time), path.sigma(time)
+    endless = high is None or high == math.inf
+    under = torch.ones_like(time, dtype=torch.bool) if endless else (alpha > 0) & (sigma <= float(high or 0) * alpha)
+    return torch.nonzero(under & (low * alpha < sigma)).flatten()
+
+
 def check_interval(interval: Interval) -> None:
     """ConfigError for an interval that runs from a higher to a lower noise level."""
     low, high = interval

@@ -105,5 +105,14 @@ class SkipLayers(Away):
         return f"skip:{_listed(self.blocks)}"
 
 
+def models_of(guidance: Guidance | None) -> list[str]:
+    """Where the weaker models are that a guidance reads, those of what it wraps too."""
+    found = list[str]()
+    while guidance is not None:
+        found += [guidance.model] if isinstance(guidance, Autoguidance) else []
+        guidance = getattr(guidance, "of", None)
+    return found
+
+
 def _listed(blocks: Sequence[int]) -> str:
     return ",".join(str(block) for block in blocks) or "middle"

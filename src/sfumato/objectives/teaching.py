@@ -7,6 +7,7 @@ denoisers or are made from one, so a method knows nothing of networks, condition
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -14,7 +15,8 @@ from torch import Generator, Tensor, nn
 
 from sfumato.denoiser import Bound, Cond, Denoiser, joined, times_like, translated
 from sfumato.errors import ConfigError
-from sfumato.guidance import CFG, Guidance, Unguided, combined, given, started
+from sfumato.guidance import CFG, Guidance, Unguided, Variants, combined, given, rows_within, started, varied
+from sfumato.guidance.core import ALWAYS, Interval
 from sfumato.paths import Path
 
 Scale = float | Tensor  # of classifier-free guidance: one for all, or one a sample (B,)
@@ -26,8 +28,9 @@ class Teacher:
     """A frozen model with the conditions of a batch filled in.
 
     denoiser: any model that answers "x0". cond: of each sample; null: makes the absence of it, once. guidance: how it
-    is guided unless it is asked otherwise, its conditions not filled in. spoken: the path on which it is asked, where
-    that is not its own.
+    is guided unless it is asked otherwise, its conditions not filled in; any but CFG++, which must know the grid.
+    spoken: the path on which it is asked, where that is not its own. variants: what answers for a weaker variant of
+    the network, or for another model, which some guidance steers away from; see `sfumato.guidance.guided`.
     """
 
     denoiser: Denoiser
@@ -35,6 +38,7 @@ class Teacher:
     null: Callable[[], Cond]
     guidance: Guidance
     spoken: Path | None = None
+    variants: Variants | None = None
 
     @property
     def path(self) -> Path:
@@ -43,7 +47,10 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, x_t: Tensor, t: float | Tensor, guidance: Scale | None = None) -> Tensor:
-        """x0-hat (B, ...) at x_t and times (B,). guidance: a scale of classifier-free guidance in place of its own."""
+        """x0-hat (B, ...) at x_t and times (B,). guidance: a scale of classifier-free guidance in place of its own.
+
+        ConfigError for a guidance that cannot answer rows of different times, or needs a variant that is not there.
+        """
         t = times_like(t, x_t)
         if self.spoken is not None and self.spoken != self.denoiser.path:  # x0-hat is of no path
             x_t, t = translated(self.spoken, self.denoiser.path, x_t, t)
@@ -51,52 +58,67 @@ class Teacher:
             return self._by_scale(x_t, t, guidance)
         if isinstance(self.guidance, Unguided) or not self.cond:
             return self._by_scale(x_t, t, 1.0)
-        if isinstance(self.guidance, CFG) and self.guidance == CFG(scale=self.guidance.scale):
-            return self._by_scale(x_t, t, self.guidance.scale)  # which means the same at all times
+        guide = self.guidance
+        if isinstance(guide, CFG) and guide == CFG(scale=guide.scale, interval=guide.interval):
+            return self._by_scale(x_t, t, guide.scale, guide.interval)  # of which time only says where it is on
         return self._by_rows(x_t, t)
 
     def bound(self, guidance: Scale | None = None) -> Bound:
         """What samplers ask: x0-hat under one guidance."""
         return Bound(self.path, lambda x, t: self(x, t, guidance))
 
-    def _by_scale(self, x_t: Tensor, t: Tensor, scale: Scale) -> Tensor:
+    def _by_scale(self, x_t: Tensor, t: Tensor, scale: Scale, interval: Interval = ALWAYS) -> Tensor:
+        """Classifier-free guidance of all rows by one forward, which asks for nothing where guidance is off."""
         if not self.cond or (not isinstance(scale, Tensor) and scale == 1):
             plain: Tensor = self.denoiser(x_t, t, self.cond)
             return plain
+        if interval != ALWAYS:
+            return self._by_interval(x_t, t, scale, rows_within(interval, self.denoiser.path, t).to(x_t.device))
         rows, times = torch.cat([x_t, x_t]), torch.cat([t, t])
         said, silent = self.denoiser(rows, times, joined([self.cond, self.null()])).chunk(2)
-        much = scale.to(said).reshape(-1, *(1,) * (said.ndim - 1)) if isinstance(scale, Tensor) else scale
-        guided: Tensor = silent + much * (said - silent)
-        return guided
+        return _guided(said, silent, scale)
+
+    def _by_interval(self, x_t: Tensor, t: Tensor, scale: Scale, on: Tensor) -> Tensor:
+        """The same, of some rows (n,) alone: the others are asked under their condition only."""
+        if not len(on):
+            return self._by_scale(x_t, t, 1.0)
+        conds = [self.cond, {name: value[on.to(value.device)] for name, value in self.null().items()}]
+        both: Tensor = self.denoiser(torch.cat([x_t, x_t[on]]), torch.cat([t, t[on]]), joined(conds))
+        said, silent = both[: len(x_t)], both[len(x_t) :]
+        much = scale[on.to(scale.device)] if isinstance(scale, Tensor) else scale
+        return said.index_copy(0, on, _guided(said[on], silent, much))
 
     def _by_rows(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Each sample has a time of its own, and so what its guidance wants may differ: one forward for all."""
-        null, conds, asked = self.null(), list[Cond](), list[int]()
-        guides, wanted = [], []
-        for i, time in enumerate(t.tolist()):
-            own = {name: value[i : i + 1] for name, value in self.cond.items()}
-            none = {name: value[i : i + 1] for name, value in null.items()}
-            guide = started(given(self.guidance, own, lambda none=none: none))  # type: ignore[misc]
-            branches = guide.branches(self.denoiser.path, time)
-            if any(branch.variant is not None for branch in branches):
-                seen = type(self.guidance).__name__
-                fix = "teacher_guidance=2, or any that asks the network itself"
-                raise ConfigError(
-                    "a teacher has no variants of its network", where="teacher_guidance", seen=seen, fix=fix
-                )
-            guides.append(guide)
-            wanted.append(range(len(conds), len(conds) + len(branches)))
-            conds += [branch.cond for branch in branches]
-            asked += [i] * len(branches)
-        rows = torch.tensor(asked, device=x_t.device)
-        said: Tensor = self.denoiser(x_t[rows], t[rows], joined(conds))
-        each = zip(guides, wanted, t.tolist(), strict=True)
-        return torch.cat(
-            [
-                combined(guide, self.denoiser.path, x_t[i : i + 1], time, [said[k : k + 1] for k in which])
-                for i, (guide, which, time) in enumerate(each)
-            ]
-        )
+        """Each sample has a time of its own, and so what its guidance wants may differ: one forward for all rows of the
+        network, and one for those of each variant.
+        """
+        path, times, null = self.denoiser.path, t.tolist(), cache(self.null)
+        guides = [self._guide(i, null) for i in range(len(times))]
+        wanted = [guide.branches(path, time) for guide, time in zip(guides, times, strict=True)]
+        places: dict[str | None, list[tuple[int, int]]] = {}
+        for i, branches in enumerate(wanted):
+            for k, branch in enumerate(branches):
+                places.setdefault(branch.variant, []).append((i, k))
+        said: dict[tuple[int, int], Tensor] = {}
+        for variant, some in places.items():
+            rows = torch.tensor([i for i, _ in some], device=x_t.device)
+            forward = varied(self.denoiser, self.variants, variant)
+            answers = forward(x_t[rows], t[rows], joined([wanted[i][k].cond for i, k in some]))
+            said |= zip(some, torch.split(answers, 1), strict=True)
+        parts = [[said[i, k] for k in range(len(branches))] for i, branches in enumerate(wanted)]
+        each = enumerate(zip(guides, times, parts, strict=True))
+        return torch.cat([combined(guide, path, x_t[i : i + 1], time, some) for i, (guide, time, some) in each])
+
+    def _guide(self, i: int, null: Callable[[], Cond]) -> Guidance:
+        """The guidance of one sample, in a run of its own."""
+        own = {name: value[i : i + 1] for name, value in self.cond.items()}
+        return started(given(self.guidance, own, lambda: {name: value[i : i + 1] for name, value in null().items()}))
+
+
+def _guided(said: Tensor, silent: Tensor, scale: Scale) -> Tensor:
+    """Classifier-free guidance of answers with and without the condition, (B, ...)."""
+    much = scale.to(said).reshape(-1, *(1,) * (said.ndim - 1)) if isinstance(scale, Tensor) else scale
+    return silent + much * (said - silent)
 
 
 @dataclass(frozen=True)

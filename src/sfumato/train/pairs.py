@@ -20,7 +20,8 @@ from sfumato.config import Config, PairsSection
 from sfumato.data.pairs import Paired, PairStore
 from sfumato.data.picture import Dataset
 from sfumato.errors import ConfigError, DataError, Interrupted
-from sfumato.guidance import given, guided
+from sfumato.guidance import given, guided, models_of
+from sfumato.io.models import model_folder, read_model
 from sfumato.names import spelled_out
 from sfumato.paths import spread
 from sfumato.samplers import drive
@@ -80,7 +81,9 @@ def _about(config: Config, student: Student, dataset: Dataset) -> dict[str, Any]
     assert student.teacher is not None  # which its method needs
     teacher, guidance = student.teacher
     said = pairs_of(config)
-    return {
+    weaker = [read_model(model_folder(name)) for name in models_of(guidance)]
+    also = {"weaker": [[digest(one.net), one.spec["model"]] for one in weaker]} if weaker else {}
+    return also | {
         "teacher": {name: digest(part) for name, part in sorted(teacher.parts().items())},
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(teacher.files().items())},
         "model": teacher.spec["model"],
@@ -123,7 +126,7 @@ def flow_end(config: Config, student: Student, raw: Any, noise: Tensor) -> Tenso
     guide = given(teacher.guidance, teacher.cond, teacher.null)
     dtype = PRECISIONS[config.precision]
     with torch.autocast(noise.device.type, dtype, enabled=dtype is not torch.float32):
-        denoise = guided(teacher.denoiser, path, guide, times)
+        denoise = guided(teacher.denoiser, path, guide, times, teacher.variants)
         return drive(
             build(said["sampler"], "Sampler")(path, noise * spread(path, times[0]), times), denoise, _no_chance
         )

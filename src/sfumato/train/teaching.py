@@ -7,7 +7,7 @@ it starts from a model, its network is told what the method needs to tell it by 
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from sfumato.conditioners import Raw, silent
 from sfumato.config import Config
 from sfumato.denoiser import Cond, Denoiser
 from sfumato.errors import CheckpointError, ConfigError
-from sfumato.guidance import Guidance
+from sfumato.forwards import weaker
+from sfumato.guidance import Guidance, Variants
 from sfumato.io.models import model_folder, read_model
 from sfumato.model import Model, build_model
 from sfumato.objectives.teaching import Follows, Judges, Lesson, Teacher, Tells
@@ -49,6 +50,7 @@ class Student(Model):
         self.follow: Follows | None = None
         self.stored: Callable[[Sequence[Raw]], Cond] | None = None
         self._teacher: tuple[Model, Guidance] | None = None
+        self._weaker: Variants | None = None  # what the teacher's guidance may steer away from, each made once
         self._read: tuple[Sequence[Raw], Cond] | None = None  # the last conditions, where a teacher reads the same
         self._own = (_told_scales(self.denoiser),)  # in a tuple, it is no part of its own
 
@@ -91,6 +93,8 @@ class Student(Model):
         if own is not None and teacher.conditioner is not None and _alike(self, teacher):
             teacher.conditioner = own
         self._teacher = (teacher, guidance)
+        device = next((p.device for p in teacher.net.parameters()), torch.device("cpu"))
+        self._weaker = cache(partial(weaker, teacher.denoiser, device=device))
 
     @property
     def teacher(self) -> tuple[Model, Guidance] | None:
@@ -115,7 +119,7 @@ class Student(Model):
         kept = () if teacher.conditioner is None else teacher.conditioner.kept
         reads = self if teacher.conditioner is self.conditioner else teacher
         null = partial(self._cond, reads, [silent(one, kept) for one in raw])
-        return Teacher(teacher.denoiser, self._cond(reads, raw), null, guidance, self.denoiser.path)
+        return Teacher(teacher.denoiser, self._cond(reads, raw), null, guidance, self.denoiser.path, self._weaker)
 
     @staticmethod
     @torch.no_grad()
