@@ -9,6 +9,7 @@ from commands import QUICK, Command, told
 from PIL import Image as Pillow
 
 from sfumato.data.scenes import TASKS
+from sfumato.train.curves import COLOURS
 
 FEW = ("--suite", "scenes", "--per-task", "2", "--held-out", "1", "--steps", "1", "--device", "cpu")
 
@@ -130,6 +131,49 @@ def test_straightness(sfumato: Command, run: Path) -> None:
     assert scores["curve"]["t"] == [1.0, 0.75, 0.5, 0.25] and len(scores["curve"]["error"]) == 4
     assert Pillow.open(run / "eval" / "straightness.png").width == 720
     assert "scores in runs/tiny/eval/straightness.json" in outcome.err
+
+
+def test_exact_likelihood(sfumato: Command, pictures: Path) -> None:
+    """The whole trace, which needs no probes: those of many are around it."""
+    small = "model.net={kind: dit, size: 8, patch: 4, dim: 16, depth: 1, heads: 1}"
+    words = (
+        "data.kind=folder",
+        f"data.path={pictures}",
+        "data.size=8",
+        small,
+        "validate={every: 0, holdout: 4}",
+        "optim={lr: 0.02, warmup: 0}",
+    )
+    assert sfumato("train", "tiny", *QUICK, *words, "name=small").code == 0
+    judge = ("eval", "runs/small", "--suite", "likelihood", *FLOW, "--steps", "1", "--json", "--probes")
+    exact, many = sfumato(*judge, "exact"), sfumato(*judge, "50")
+    assert exact.code == 0, exact.err
+    assert exact.data["probes"] == "exact" and many.data["probes"] == 50
+    assert exact.data["bits_per_dim"]["mean"] == pytest.approx(many.data["bits_per_dim"]["mean"], abs=0.05)
+    for said in ("0", "-1", "all", "1.5"):
+        told(sfumato(*judge, said), 2, "number of random ones", f"seen   {said}", "--probes exact")
+
+
+def test_straightness_beside_another(sfumato: Command, run: Path) -> None:
+    """Both from the same noise for the same prompts: each as it is by itself, and both in one picture."""
+    moved = "optim={lr: 0.02, warmup: 0}"
+    assert sfumato("train", "tiny", *QUICK, moved, "name=other").code == 0
+    straight = ("eval", run, "--suite", "straightness", *FLOW, "--steps", "4")
+    alone, pair = sfumato(*straight, "--json").data, sfumato(*straight, "--against", "runs/other", "--json")
+    assert pair.code == 0, pair.err
+    beside = pair.data["against"]
+    assert beside["run"] == "runs/other" and beside["straightness"]["n"] == 3
+    assert {**pair.data, "seconds": 0, "against": 0} == {**alone, "seconds": 0, "against": 0}
+    assert beside["straightness"]["mean"] > 0 and beside["curve"] != alone["curve"]
+    assert json.loads((run / "eval" / "straightness.json").read_text()) == pair.data
+    drawn = Pillow.open(run / "eval" / "straightness.png").convert("RGB")
+    assert {COLOURS[0], COLOURS[1]} <= {colour for _, colour in drawn.getcolors(10**6) or []}
+    shutil.copytree("runs/other", "elsewhere/tiny")
+    for where, names in (("runs/other", ["tiny", "other"]), ("elsewhere/tiny", ["runs/tiny", "elsewhere/tiny"])):
+        lines = [line for line in sfumato(*straight, "--against", where).out.splitlines() if line]
+        assert [line.split("  ")[0] for line in lines] == [f"straightness a dimension, {name}" for name in names]
+    told(sfumato(*straight, "--against", "runs/nope"), 4, "no such run or model", "runs/nope")
+    told(sfumato("eval", run, *FEW, "--against", "runs/other"), 2, "only straightness", "--suite straightness")
 
 
 def test_flows_of_a_model_alone_and_under_guidance(sfumato: Command, run: Path) -> None:

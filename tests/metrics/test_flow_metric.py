@@ -52,6 +52,13 @@ def test_bits_are_those_of_the_data_in_any_scale(scale: float, level: float | No
     assert bits["low"] < bits["mean"] < bits["high"] and said["held_out"] is True and said["calls"] == 120
 
 
+def test_the_whole_trace_may_be_taken() -> None:
+    """Of a diagonal Jacobian random signs have it too, and so both are the same number."""
+    exact, probed = (judge_likelihood(pipeline(Pixels()), examples(6), steps=4, probes=one) for one in ("exact", 1))
+    assert (exact["probes"], probed["probes"]) == ("exact", 1)
+    assert exact["bits_per_dim"]["mean"] == pytest.approx(probed["bits_per_dim"]["mean"], abs=2e-5)
+
+
 def test_latents_have_other_densities() -> None:
     with pytest.raises(ConfigError, match="models of pixels"):
         judge_likelihood(pipeline(SimpleNamespace(scale=1.0)), examples(4))

@@ -1,7 +1,8 @@
 """`sfumato eval`: how well a model does what it is for."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import typer
 from rich.table import Table
@@ -29,7 +30,11 @@ def evaluate(
     pictures: int = typer.Option(
         64, "--pictures", min=1, help="Held-out pictures, of every suite but scenes; of straightness, trajectories."
     ),
-    probes: int = typer.Option(1, "--probes", min=1, help="Random probes of the likelihood, for each picture."),
+    probes: str = typer.Option(
+        "1",
+        "--probes",
+        help="Random probes of the likelihood, for each picture; or exact, one for each of its numbers.",
+    ),
     level: float | None = typer.Option(
         None, "--level", help="The noise through which the likelihood is bounded. [default: even noise within a level]"
     ),
@@ -37,6 +42,9 @@ def evaluate(
     sampler: str | None = typer.Option(None, "--sampler", help="The sampler."),
     times: str | None = typer.Option(None, "--times", help="The grid of times."),
     guidance: float | None = typer.Option(None, "--guidance", help="How strongly to follow the prompt; 1 is off."),
+    against: Path | None = typer.Option(
+        None, "--against", help="Another run or model, to be seen beside this one (straightness).", metavar="RUN|MODEL"
+    ),
     seed: int = typer.Option(0, "--seed", help="Of the prompts and of the noise."),
     batch: int = typer.Option(100, "--batch", min=1, help="Pictures at a time."),
     folder: Path | None = typer.Option(None, "--out", help="Where to write scores and sheets. [default: RUN/eval]"),
@@ -52,13 +60,14 @@ def evaluate(
         raise ConfigError("this suite works in fp32", where="--precision", seen=precision, fix="--precision fp32")
     if suite not in SUITES:
         raise ConfigError("no such suite", where="--suite", seen=suite, fix=f"--suite {nearest(suite, SUITES)}")
+    if against is not None and suite != "straightness":
+        what, fix = "only straightness is seen beside another's", "--suite straightness, or each run by itself"
+        raise ConfigError(what, where="--against", seen=f"--suite {suite}", fix=fix)
     if layout is not None:
         from sfumato.data.scenes import check_layout
 
         check_layout(layout, "--layout")
-    from json import dumps
-
-    from sfumato.files import write_atomic
+    chosen = _probes(probes)
     from sfumato.metrics.scenes import evaluate as judge
     from sfumato.pipeline import load
 
@@ -66,11 +75,14 @@ def evaluate(
     if suite == "reconstruction":
         _reconstruction(run, place, pictures, batch, device, json)
         return
+    if suite == "likelihood":
+        _likelihood(run, place, pictures, chosen, level, steps, guidance, seed, batch, device, json)
+        return
+    if suite == "straightness":
+        _straightness(run, against, place, pictures, steps, guidance, seed, batch, device, json)
+        return
     pipeline = load(run, device, precision=precision)
     made(place)
-    if suite != "scenes":
-        _flow(suite, pipeline, run, place, pictures, probes, level, steps, guidance, seed, batch, json)
-        return
     with bar("drawing") as progress:
         report = judge(
             pipeline,
@@ -87,19 +99,14 @@ def evaluate(
         )
     scores = report.as_dict()
     sheets = report.sheets(place)
-    write_atomic(place / "scenes.json", dumps(scores, indent=1) + "\n")
-    if json:
-        as_json(scores)
-    else:
+    _kept(scores, place / "scenes.json", json)
+    if not json:
         out.print(_table(scores))
     say(f"scores in {place / 'scenes.json'}, hits and misses in {', '.join(path.name for path in sheets)}")
 
 
 def _reconstruction(run: Path, place: Path, pictures: int, batch: int, device: str, json: bool) -> None:
     """The suite of autoencoders."""
-    from json import dumps
-
-    from sfumato.files import write_atomic
     from sfumato.metrics.flow import examples
     from sfumato.metrics.reconstruction import autoencoder, judge_reconstruction
     from sfumato.model import pick_device
@@ -108,10 +115,8 @@ def _reconstruction(run: Path, place: Path, pictures: int, batch: int, device: s
     codec, found = autoencoder(run, where), examples(run, pictures)
     with bar("reconstructing") as progress:
         scores = judge_reconstruction(codec, found, where, batch=batch, folder=made(place), progress=progress)
-    write_atomic(place / "reconstruction.json", dumps(scores, indent=1) + "\n")
-    if json:
-        as_json(scores)
-    else:
+    _kept(scores, place / "reconstruction.json", json)
+    if not json:
         shown = (("psnr", "PSNR in dB", 2), ("ms_ssim", "MS-SSIM", 4), ("kept", "pictures kept", 3))
         for name, said, digits in shown:
             if one := scores.get(name):
@@ -132,59 +137,109 @@ def _all_seen(held_out: bool) -> None:
         say("the run held no pictures out: these are of those that it saw")
 
 
-def _flow(
-    suite: str,
-    pipeline: Any,
+def _probes(said: str) -> int | Literal["exact"]:
+    if said == "exact":
+        return "exact"
+    if not said.isdecimal() or int(said) < 1:
+        what = "probes are a number of random ones, from 1, or exact"
+        raise ConfigError(what, where="--probes", seen=said, fix="--probes exact")
+    return int(said)
+
+
+def _likelihood(
     run: Path,
     place: Path,
     pictures: int,
-    probes: int,
+    probes: int | Literal["exact"],
     level: float | None,
     steps: int | None,
     guidance: float | None,
     seed: int,
     batch: int,
+    device: str,
     json: bool,
 ) -> None:
-    """The suites that look at the flow and not at pictures."""
-    from json import dumps
+    """The suite of how likely pictures are."""
+    from sfumato.metrics.flow import examples, judge_likelihood
+    from sfumato.pipeline import load
 
-    from sfumato.files import write_atomic
-    from sfumato.metrics.flow import examples, judge_likelihood, judge_straightness
+    if guidance not in (None, 1):
+        seen = f"{guidance:g}"
+        raise ConfigError("a likelihood is of the model itself", where="--guidance", seen=seen, fix="leave it out")
+    pipeline, found = load(run, device), examples(run, pictures)
+    made(place)
+    with bar("likelihood") as progress:
+        scores = judge_likelihood(
+            pipeline, found, probes=probes, steps=steps, level=level, seed=seed, batch=batch, progress=progress
+        )
+    _kept(scores, place / "likelihood.json", json)
+    if not json:
+        _line("bits a dimension", scores["bits_per_dim"], 4)
+    _all_seen(found.held_out)
+    say(f"scores in {place / 'likelihood.json'}")
+
+
+def _straightness(
+    run: Path,
+    against: Path | None,
+    place: Path,
+    pictures: int,
+    steps: int | None,
+    guidance: float | None,
+    seed: int,
+    batch: int,
+    device: str,
+    json: bool,
+) -> None:
+    """The suite of how straight a flow is, alone or beside another's: from the same noise, for the same prompts."""
+    from sfumato.metrics.flow import examples, judge_straightness
+    from sfumato.pipeline import load
     from sfumato.train.curves import Curve, plot
 
+    names = _names([run] if against is None else [run, against])
+    pipelines, each = [load(one, device) for one in names.values()], list[dict[str, Any]]()
     found = examples(run, pictures)
-    with bar(suite) as progress:
-        if suite == "likelihood":
-            if guidance not in (None, 1):
-                seen = f"{guidance:g}"
-                raise ConfigError(
-                    "a likelihood is of the model itself", where="--guidance", seen=seen, fix="leave it out"
-                )
-            scores = judge_likelihood(
-                pipeline, found, probes=probes, steps=steps, level=level, seed=seed, batch=batch, progress=progress
-            )
-            said = scores["bits_per_dim"]
-        else:
+    made(place)
+    for name, pipeline in zip(names, pipelines, strict=True):
+        with bar(f"straightness of {name}") as progress:
             scores = judge_straightness(
                 pipeline,
                 found.fields,
-                steps=steps or 100,
+                steps=100 if steps is None else steps,
                 guidance=1.0 if guidance is None else guidance,
                 seed=seed,
                 batch=batch,
                 progress=progress,
             )
-            said, curve = scores["straightness"], scores["curve"]
-            shown = Curve("|dz/dt - (z1 - z0)|^2", curve["t"], curve["error"])
-            plot(place / "straightness.png", f"{run.name}: straightness", [shown], "time (0 data, 1 noise)")
-    write_atomic(place / f"{suite}.json", dumps(scores, indent=1) + "\n")
+        each.append(scores)
+    alone, own = against is None, f"{next(iter(names))}: straightness"
+    said = ["|dz/dt - (z1 - z0)|^2"] if alone else list(names)
+    curves = [Curve(name, one["curve"]["t"], one["curve"]["error"]) for name, one in zip(said, each, strict=True)]
+    title = own if alone else "straightness: |dz/dt - (z1 - z0)|^2"
+    plot(place / "straightness.png", title, curves, "time (0 data, 1 noise)")
+    more = {} if against is None else {"against": {"run": str(against), **each[1]}}
+    _kept({**each[0], **more}, place / "straightness.json", json)
+    for name, one in [] if json else zip(names, each, strict=True):
+        _line(f"straightness a dimension{'' if alone else f', {name}'}", one["straightness"], 4)
+    _all_seen(found.held_out)
+    say(f"scores in {place / 'straightness.json'}, the curve in {place / 'straightness.png'}")
+
+
+def _names(runs: Sequence[Path]) -> dict[str, Path]:
+    """Runs by their own names; by where they are, where two have one name."""
+    short = [home(one).name or str(one) for one in runs]
+    return dict(zip(short if len(set(short)) == len(runs) else map(str, runs), runs, strict=True))
+
+
+def _kept(scores: dict[str, Any], file: Path, json: bool) -> None:
+    """Writes scores, and prints them for programs."""
+    from json import dumps
+
+    from sfumato.files import write_atomic
+
+    write_atomic(file, dumps(scores, indent=1) + "\n")
     if json:
         as_json(scores)
-    else:
-        _line("bits a dimension" if suite == "likelihood" else "straightness a dimension", said, 4)
-    _all_seen(found.held_out)
-    say(f"scores in {place / f'{suite}.json'}")
 
 
 def _table(scores: dict[str, Any]) -> Table:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -70,14 +70,15 @@ def bound(pipeline: Pipeline, raw: Sequence[Raw], guidance: float | None = None)
         cond = model.cond(raw)
         kept = () if model.conditioner is None else model.conditioner.kept
         null = model.cond([silent(one, kept) for one in raw])
-    return guided(model, model.denoiser.path, pipeline.settings(guidance=guidance).guide(cond, lambda: null))
+    guide = pipeline.settings(guidance=guidance).guide(cond, lambda: null)
+    return guided(model, model.denoiser.path, guide, variants=pipeline.forwards.variant)
 
 
 def judge_likelihood(
     pipeline: Pipeline,
     found: Examples,
     *,
-    probes: int = 1,
+    probes: int | Literal["exact"] = 1,
     steps: int | None = None,
     level: float | None = None,
     seed: int = 0,
@@ -86,8 +87,9 @@ def judge_likelihood(
 ) -> dict[str, Any]:
     """Bits a dimension of pictures under their own conditions, without guidance, as plain data.
 
-    probes: of the trace, for each picture. steps: of a fixed grid; a method within tolerances of 1e-4 unless said.
-    level: the noise sigma / alpha that pictures are told by, see `bits_through_noise`; by even noise unless said.
+    probes: of the trace, for each picture; "exact" takes as many backward passes a call as a picture has numbers.
+    steps: of a fixed grid; a method within tolerances of 1e-4 unless said. level: the noise sigma / alpha that pictures
+    are told by, see `bits_through_noise`; by even noise unless said.
     ConfigError for a model of latents, in which the density is another one than of pictures.
     """
     codec, started, rng = pipeline.model.codec, time.perf_counter(), torch.Generator().manual_seed(seed)
