@@ -1,6 +1,6 @@
 """Frames a second of a stream against image-to-image of one frame after another, with a model of few steps.
 
-    python benchmarks/stream.py runs/lcm --steps 4 --strength 0.75 --frames 64
+    python benchmarks/stream.py runs/lcm --steps 4 --strength 0.75 --frames 64 --out benchmarks/results/stream.json
 
 The same frames, prompt, seed and settings; the two are timed in turns, so that what else the machine does falls on
 both. The pictures are compared, too: they are the same but for rounding. What counts is the ratio of the medians.
@@ -18,6 +18,8 @@ from machine import machine
 
 from sfumato import Stream, load
 from sfumato.data.scenes import Scenes
+from sfumato.files import write_atomic
+from sfumato.model import pick_device
 
 
 def measured(args: argparse.Namespace) -> dict[str, object]:
@@ -41,10 +43,11 @@ def measured(args: argparse.Namespace) -> dict[str, object]:
             together.append(args.frames / (ended - middle))
     one, many = statistics.median(apart), statistics.median(together)
     said = {"one_by_one": round(one, 2), "stream": round(many, 2), "ratio": round(many / one, 2), "differ_by": far}
-    return {**said, **how, "frames": args.frames, "at_once": args.at_once, "precision": args.precision}
+    used = {name: getattr(args, name) for name in ("frames", "turns", "at_once", "precision")}
+    return {"model": args.model.name, **said, **how, **used}
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", type=Path)
     parser.add_argument("--prompt", default="a red circle")
@@ -59,13 +62,14 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, help="where to write the numbers, as JSON")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if args.threads:
         torch.set_num_threads(args.threads)
-    found = measured(args) | {"machine": machine()}
-    text = json.dumps(found, indent=1) + "\n"
+    here = {"machine": machine(pick_device(args.device)), "threads": torch.get_num_threads()}
+    text = json.dumps({"benchmark": "stream", **measured(args), **here}, indent=1) + "\n"
     if args.out:
-        args.out.write_text(text)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(args.out, text)
     print(text, end="")
 
 

@@ -6,7 +6,7 @@ import math
 import pytest
 from scipy import stats
 
-from sfumato.metrics.intervals import Z, mean_of_shares, wilson
+from sfumato.metrics.intervals import Z, difference, mean_of_shares, wilson
 
 # Newcombe 1998, "Two-sided confidence intervals for the single proportion", table I, method 3.
 NEWCOMBE = [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)]
@@ -35,6 +35,25 @@ def test_the_ends_are_exact() -> None:
 
 def test_the_quantile_is_that_of_a_normal() -> None:
     assert pytest.approx(stats.norm.ppf(0.975), abs=1e-6) == Z
+
+
+# Newcombe 1998, "Interval estimation for the difference between independent proportions", table II, method 10.
+DIFFERENCES = [
+    (56, 70, 48, 80, 0.0524, 0.3339),
+    (9, 10, 3, 10, 0.1705, 0.8090),
+    (10, 10, 0, 10, 0.6075, 1.0),
+]
+
+
+@pytest.mark.parametrize(("hits", "n", "others", "of", "low", "high"), DIFFERENCES)
+def test_published_differences(hits: int, n: int, others: int, of: int, low: float, high: float) -> None:
+    one, other = (hits / n, *wilson(hits, n)), (others / of, *wilson(others, of))
+    assert difference(one, other) == pytest.approx((low, high), abs=5e-5)
+    assert difference(other, one) == pytest.approx((-high, -low), abs=5e-5)
+
+
+def test_a_difference_of_even_intervals_adds_their_squares() -> None:
+    assert difference((0.5, 0.46, 0.54), (0.4, 0.37, 0.43)) == pytest.approx((0.05, 0.15))  # 3, 4 and 5
 
 
 def test_the_mean_of_shares_by_hand() -> None:

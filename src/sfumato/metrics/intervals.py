@@ -1,4 +1,4 @@
-"""Intervals for means, for shares and for means of shares."""
+"""Intervals for means, for shares, for means of shares and for differences."""
 
 import math
 from collections.abc import Sequence
@@ -29,6 +29,16 @@ def mean_of_shares(counts: Sequence[tuple[int, int]]) -> tuple[float, float]:
     mean = sum(hits / n for hits, n in counts) / len(counts)
     reach = Z * math.sqrt(variance) / len(counts)
     return max(0.0, mean - reach), min(1.0, mean + reach)
+
+
+def difference(one: tuple[float, float, float], other: tuple[float, float, float]) -> tuple[float, float]:
+    """The 95% interval of one - other, independent estimates, each given as (estimate, low, high) with its interval.
+
+    Square and add (Newcombe 1998, "Interval estimation for the difference", method 10): each end is as far away as the
+    two ends that lead there, so it is right also where intervals are lopsided, near 0 and 1.
+    """
+    (a, a_low, a_high), (b, b_low, b_high) = one, other
+    return a - b - math.hypot(a - a_low, b_high - b), a - b + math.hypot(a_high - a, b - b_low)
 
 
 def told_share(hits: int, n: int) -> dict[str, Any]:
