@@ -61,8 +61,11 @@ OBJECTIVES = (Reflow(), Reflow(huber=None), Reflow(Uniform(0.01, 0.99), falling=
 def test_an_exact_coupling_leaves_its_flow_unchanged(path: Path, objective: Reflow) -> None:
     """Pairs of a straight flow: no error and no gradient, whatever the network predicts; and of another, some."""
     for prediction in PREDICTIONS:
-        loss = objective(lesson(path, prediction, NOISE), DATA, rng=rng(1))
+        exact = lesson(path, prediction, NOISE)
+        loss = objective(exact, DATA, rng=rng(1))
+        loss.value.backward()
         assert float(loss.value.detach()) < 1e-9 and float(loss.each.max()) < 1e-9, prediction.name
+        assert float(exact.student.net.by.grad.abs().max()) < 1e-6, prediction.name  # type: ignore[union-attr]
         assert float(objective(lesson(path, prediction, NOISE, 0.1), DATA, rng=rng(1)).value.detach()) > 1e-4
         mixed = objective(lesson(path, prediction, NOISE.flip(0)), DATA, rng=rng(1))
         assert float(mixed.value.detach()) > 0.01
