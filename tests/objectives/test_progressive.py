@@ -65,7 +65,9 @@ def test_who_answers_so_has_no_loss(path: Path, prediction: Prediction) -> None:
     x0 = exact.draw(32, rng(1))
     student = knows(answer, path, prediction)
     last = objective(lesson(student, teacher_of(exact, path), half), x0, rng=rng(2))
+    last.value.backward()
     assert float(last.value.detach()) < 1e-15 and last.t is not None and last.each.shape == (32,)
+    assert abs(float(student.net.by.grad)) < 1e-6  # type: ignore[union-attr, arg-type]
     off = objective(lesson(knows(answer, path, prediction, by=0.1), teacher_of(exact, path), half), x0, rng=rng(2))
     expected = objective_factor(objective, student, last.t) * 0.01 * prediction.gain(path, last.t) ** 2
     torch.testing.assert_close(off.value.detach(), expected.mean(), rtol=1e-6, atol=0)
