@@ -42,7 +42,8 @@ class Method:
     """What an objective asks of those who take part, where it makes a student: see `sfumato.objectives.teaching`.
 
     about: in a few words. teacher: "needed", "optional" or "none". answers: what its student can be asked for then, see
-    `Denoise`. slow: it has a copy that follows the student. critic: it has one, which learns beside the student,
+    `Denoise`. slow: it has a copy that follows the student: "needed", or "spared" where the student is a low-rank
+    change, which then stands in for it; "" for none. critic: it has one, which learns beside the student,
     made of the "teacher" (of the student where there is no teacher) or of the "student"; "" for none.
     derivative: it takes forward-mode derivatives of the network. pairs: it learns from noise and where the teacher's
     flow takes it, in place of data. boundary: its student says x itself at the data: a prediction of x0 becomes
@@ -52,7 +53,7 @@ class Method:
     about: str
     teacher: str = "needed"
     answers: tuple[str, ...] = ("x0",)
-    slow: bool = False
+    slow: str = ""
     critic: str = ""
     derivative: bool = False
     pairs: bool = False
@@ -135,17 +136,17 @@ METHODS = {
     "guidance": Method("the guided answer of the teacher in one call, for one scale or any that it is told"),
     "reflow": Method("straight flows, from pairs of noise and of where the teacher takes it", pairs=True),
     "latent_consistency": Method(
-        "where the guided flow ends, for any data (LCM, LCM-LoRA)", answers=("endpoint",), slow=True
+        "where the guided flow ends, for any data (LCM, LCM-LoRA)", answers=("endpoint",), slow="spared"
     ),
-    "progressive": Method("two steps of the teacher in one, again and again", slow=True),
+    "progressive": Method("two steps of the teacher in one, again and again", slow="needed"),
     "consistency_distillation": Method(
         "where the teacher's guided flow ends, from steps of a solver (CD)",
         answers=("endpoint",),
-        slow=True,
+        slow="spared",
         boundary=True,
     ),
     "consistency_training": Method(
-        "where the flow ends, from data alone (CT)", "none", answers=("endpoint",), slow=True, boundary=True
+        "where the flow ends, from data alone (CT)", "none", answers=("endpoint",), slow="spared", boundary=True
     ),
     "improved_consistency_training": Method(
         "where the flow ends, from data alone, without a slow copy (iCT)", "none", answers=("endpoint",), boundary=True
@@ -179,7 +180,7 @@ METHODS = {
         critic="student",
         derivative=True,
     ),
-    "shortcut": Method("jumps of any length, each from two of half", "optional", answers=("jump",), slow=True),
+    "shortcut": Method("jumps of any length, each from two of half", "optional", answers=("jump",), slow="spared"),
     "adversarial": Method(
         "pictures in a few steps that heads on the teacher's features take for real (ADD, LADD)",
         answers=("endpoint",),

@@ -65,8 +65,15 @@ class Student(Model):
             return
         kept = self.follow.follow(step, steps)
         if kept < 1:
-            pairs = list(zip(self.slow.net.parameters(), self.net.parameters(), strict=True))
+            both = zip(self.slow.net.parameters(), self.net.parameters(), strict=True)
+            pairs = [(slow, own) for slow, own in both if slow is not own]
             torch._foreach_lerp_([slow for slow, _ in pairs], [own for _, own in pairs], 1 - kept)
+
+    def moving(self) -> dict[str, Tensor]:
+        own = {name: p for name, p in self.trained().items() if self.slow is not None and name.startswith("net.")}
+        follows = {} if self.slow is None else dict(self.slow.net.named_parameters())
+        beside = {f"{SLOW}.{name}": p for name, p in follows.items() if f"net.{name}" in own}
+        return super().moving() | {name: p.detach() for name, p in beside.items()}
 
     def is_kept(self, name: str) -> bool:
         return not name.startswith((f"{SLOW}.", f"{CRITIC}."))
@@ -199,15 +206,21 @@ def student_of(model: Any, config: Config, objective: Any, device: torch.device)
         if student.conditioner is not None and config.start is not None:
             student.conditioner.requires_grad_(False)  # what it was taught to read stays
         student.taught_by(teacher, guidance_of(config, teacher))
-    if line.slow and config.lora is None:  # of a low-rank change there is no copy: it is judged by itself
+    if line.slow == "needed" or (line.slow and config.lora is None):
         assert isinstance(objective, Follows)
-        student.slow, student.follow = copy.deepcopy(student.denoiser).requires_grad_(False), objective
+        student.slow, student.follow = copied(student.denoiser), objective
     if line.critic:
         assert isinstance(objective, Judges)
         torch.manual_seed(key(config.seed, CRITIC))
         judged = line.critic == "teacher" and teacher is not None
         student.critic = objective.critic(teacher.denoiser if judged and teacher else student.denoiser)
     return student
+
+
+def copied(denoiser: Denoiser) -> Denoiser:
+    """A frozen copy of what of a denoiser learns; what stands still is the same tensors in both."""
+    shared = {id(p): p for p in denoiser.parameters() if not p.requires_grad}
+    return copy.deepcopy(denoiser, shared).requires_grad_(False)
 
 
 def read_teacher(path: str) -> Model:
