@@ -1,6 +1,5 @@
 """Students in the training loop: teachers under every guidance, what is kept, what goes on, and what cannot be."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from sfumato import load
 from sfumato.adapters.parts import parts_of
 from sfumato.adapters.reading import read_adapter
 from sfumato.catalogue import METHODS, OBJECTIVES, Method
-from sfumato.cli import main
 from sfumato.config import Config
 from sfumato.denoiser import Cond, Denoiser, on_path
 from sfumato.errors import CheckpointError, ConfigError
@@ -219,15 +217,6 @@ def test_a_student_may_start_from_another_model(base: Path, tmp_path: Path) -> N
     for name, value in other.weights().items():
         torch.testing.assert_close(found.weights()[name], value, rtol=0, atol=1e-6)
     assert found.facts["start"] == str(tmp_path / "other") and found.facts["teacher"] == str(base)
-
-
-def test_the_command_makes_a_student(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    more = ["steps=2", "batch=2", "device=cpu", "precision=fp32", "samples.every=0", "validate={every: 0, holdout: 0}"]
-    with pytest.raises(SystemExit) as left:
-        main(["distill", "lcm", f"teacher={base}", f"student={base}", *more, "--run", str(tmp_path / "run"), "--json"])
-    assert left.value.code == 0, capsys.readouterr().err
-    assert json.loads(capsys.readouterr().out)["model"] == str(tmp_path / "run/model")
-    assert load(tmp_path / "run", "cpu").settings().steps == 4
 
 
 # the slow copy, the critic, and runs that go on

@@ -14,10 +14,11 @@ from torch import Generator, Tensor, nn
 
 from sfumato.denoiser import Bound, Cond, Denoiser, joined, times_like, translated
 from sfumato.errors import ConfigError
-from sfumato.guidance import CFG, Guidance, Unguided, combined, given, started
-from sfumato.paths import Path
+from sfumato.guidance import CFG, Branch, Guidance, Unguided, combined, given, started
+from sfumato.paths import Path, log_snr
 
 Scale = float | Tensor  # of classifier-free guidance: one for all, or one a sample (B,)
+PROBES = 32  # times at which a guidance is tried
 Scales = tuple[float, float] | None  # the range that scales are drawn from, where the student is told them
 
 
@@ -55,6 +56,14 @@ class Teacher:
             return self._by_scale(x_t, t, self.guidance.scale)  # which means the same at all times
         return self._by_rows(x_t, t)
 
+    def check(self) -> None:
+        """ConfigError for a guidance by which no teacher can answer, samples and times as they come."""
+        guide = started(given(self.guidance, self.cond, self.null))
+        x = torch.zeros(1, 1, 2, 2)
+        for time in torch.linspace(1, 0, PROBES + 1)[:-1].tolist():
+            asked = asked_of(guide, self.denoiser.path, time)
+            combined(guide, self.denoiser.path, x, time, [x] * len(asked))
+
     def bound(self, guidance: Scale | None = None) -> Bound:
         """What samplers ask: x0-hat under one guidance."""
         return Bound(self.path, lambda x, t: self(x, t, guidance))
@@ -77,13 +86,7 @@ class Teacher:
             own = {name: value[i : i + 1] for name, value in self.cond.items()}
             none = {name: value[i : i + 1] for name, value in null.items()}
             guide = started(given(self.guidance, own, lambda none=none: none))  # type: ignore[misc]
-            branches = guide.branches(self.denoiser.path, time)
-            if any(branch.variant is not None for branch in branches):
-                seen = type(self.guidance).__name__
-                fix = "teacher_guidance=2, or any that asks the network itself"
-                raise ConfigError(
-                    "a teacher has no variants of its network", where="teacher_guidance", seen=seen, fix=fix
-                )
+            branches = asked_of(guide, self.denoiser.path, time)
             guides.append(guide)
             wanted.append(range(len(conds), len(conds) + len(branches)))
             conds += [branch.cond for branch in branches]
@@ -97,6 +100,15 @@ class Teacher:
                 for i, (guide, which, time) in enumerate(each)
             ]
         )
+
+
+def asked_of(guidance: Guidance, path: Path, t: float) -> tuple[Branch, ...]:
+    """What a guidance asks of a teacher at a time. ConfigError for one that asks for another network."""
+    branches = guidance.branches(path, t)
+    if any(branch.variant is not None for branch in branches):
+        seen, fix = type(guidance).__name__, "teacher_guidance=2, or any that asks the network itself"
+        raise ConfigError("a teacher has no variants of its network", where="teacher_guidance", seen=seen, fix=fix)
+    return branches
 
 
 @dataclass(frozen=True)
@@ -175,6 +187,35 @@ class Tells(Protocol):
     def told(self) -> Sequence[str]:
         """The numbers that its network is told: "guidance", "until"."""
         ...
+
+
+@runtime_checkable
+class Suits(Protocol):
+    """A method that not everybody can learn by, or teach by."""
+
+    def suits(self, student: Denoiser, teacher: Denoiser | None) -> None:
+        """ConfigError for a student that cannot, or a teacher; of both the path, the prediction and the answers count,
+        and where the method hears what is said inside of it the network.
+        """
+        ...
+
+
+def check_said(denoiser: Denoiser, path: Path, t: float | Tensor, where: str, who: str = "student") -> None:
+    """ConfigError where an answer says nothing of the data: predictions of noise at pure noise, of a student or a
+    "teacher". t (): on `path`; where: of the configuration, says that the method begins there.
+    """
+    at = torch.as_tensor(t, dtype=torch.float64)
+    if denoiser.path != path:
+        at = denoiser.path.time(log_snr(path, at))
+    if bool(denoiser.prediction.determines(denoiser.path, at).all()):
+        return
+    what = f"the {who}'s answer says nothing of the data where the method begins"
+    seen = f"the prediction {denoiser.prediction.name} at t = {float(at):g}"
+    begins = "[0.99, 0.7]" if where == "objective.at" else "{kind: linear, start: 0.99}"
+    other = f"a {who} that predicts x0, v or velocity"
+    raise ConfigError(
+        what, where=where, seen=seen, fix=other if where == "objective" else f"{where}={begins}, or {other}"
+    )
 
 
 @runtime_checkable

@@ -141,9 +141,6 @@ def as_student(config: Config, begun: Start | None) -> tuple[Config, Start | Non
     told = tuple(method.told) if isinstance(method, Tells) else ()
     assert config.model is not None  # its own, or that of its start
     section = config.model.model_dump(mode="json")
-    if told and config.lora is not None:
-        seen, what = ", ".join(told), "a low-rank change has no layers for a number that is told"
-        raise ConfigError(what, where="lora", seen=seen, fix="lora=null, or an objective that tells nothing")
     found = {**section, "net": _telling(section["net"], told), "answers": list(line.answers)}
     if line.boundary and section["prediction"]["kind"] == "x0":
         # nearly what it was, and x itself at the data; the level is written out, for a model must not hang on a default
@@ -194,15 +191,18 @@ def _told_scales(denoiser: Denoiser) -> Denoiser:
     return Denoiser(_ByWeight(denoiser.net), *parts)
 
 
-def student_of(model: Any, config: Config, objective: Any, device: torch.device) -> Student:
-    """A model, ready to learn by the configured method: with its teacher, its slow copy and its critic."""
+def student_of(
+    model: Any, config: Config, objective: Any, device: torch.device, teacher: Model | None = None
+) -> Student:
+    """A model, ready to learn by the configured method: with its teacher, which is read unless it was already, its slow
+    copy and its critic.
+    """
     line = _method(config)
     if not isinstance(model, Model):
         raise ConfigError("this objective trains a network", where="model.net", seen="null", fix="model.net=dit")
     student = Student(model, config.steps)
-    teacher = None
     if config.teacher is not None:
-        teacher = read_teacher(config.teacher).to(device)
+        teacher = (teacher or read_teacher(config.teacher)).to(device)
         if student.conditioner is not None and config.start is not None:
             student.conditioner.requires_grad_(False)  # what it was taught to read stays
         student.taught_by(teacher, guidance_of(config, teacher))
@@ -230,12 +230,7 @@ def read_teacher(path: str) -> Model:
         raise CheckpointError(
             "there is no teacher to learn from", where="teacher", seen=path, fix="a run, a model, or a folder"
         )
-    model = read_model(folder)
-    if "x0" not in model.answers:
-        seen = f"a model that answers {', '.join(model.answers)}"
-        what, fix = "a teacher is asked for E[x0 | x_t]", "the model that this one was distilled from"
-        raise ConfigError(what, where="teacher", seen=seen, fix=fix)
-    return model.eval().requires_grad_(False)
+    return read_model(folder).eval().requires_grad_(False)
 
 
 def guidance_of(config: Config, teacher: Model) -> Guidance:
