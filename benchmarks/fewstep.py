@@ -118,7 +118,17 @@ def taken(run: Path) -> dict[str, Any]:
 
 def taught(recipe: str, run: Path, teacher: Path, device: str) -> None:
     """Teaches a student by a recipe."""
-    command = [sys.executable, "-m", "sfumato", "distill", recipe, f"teacher={teacher}", f"device={device}"]
+    command = [
+        sys.executable,
+        "-m",
+        "sfumato",
+        "distill",
+        recipe,
+        "--judge",
+        "0",
+        f"teacher={teacher}",
+        f"device={device}",
+    ]
     subprocess.run([*command, "--run", str(run)], check=True)
 
 

@@ -159,3 +159,18 @@ def test_a_teacher_is_read_once(models: dict[str, Path], tmp_path: Path, monkeyp
         monkeypatch.setattr(one, "read_teacher", noting)
     learns(configured("guidance", models["velocity"], tmp_path), tmp_path / "run")
     assert read == [str(models["velocity"])]
+
+
+def test_the_guide_has_the_table() -> None:
+    text = (Path(__file__).parents[2] / "docs/guides/few-steps.md").read_text(encoding="utf-8")
+    rows = {cells[1].strip(" `"): cells[2:] for row in text.splitlines() if len(cells := row.split("|")) == 7}
+    assert METHODS.keys() <= rows.keys()
+    for name, line in METHODS.items():
+        teacher, prediction, low_rank, beside = (cell.strip() for cell in rows[name][:4])
+        assert teacher == line.teacher
+        assert prediction == ("where noise tells something" if line.begins else "any")
+        assert low_rank == ("no" if line.told else "unless `scales` are told" if line.scales else "yes")
+        facts = {"slow copy": bool(line.slow), "critic": bool(line.critic), "derivative": line.derivative}
+        facts |= {"features": line.features == "needed", "pairs": line.pairs, "low-rank": line.slow == "spared"}
+        said = {word: word in beside for word in facts}
+        assert said == (facts if not line.told else facts | {"low-rank": False}), name
