@@ -14,6 +14,7 @@ import typer
 
 from sfumato.catalogue import KINDS
 from sfumato.cli import app
+from sfumato.cli.distill import changes_of
 from sfumato.errors import ConfigError
 from sfumato.overlay import load_config, recipes
 
@@ -72,15 +73,18 @@ def fault(line: str) -> str | None:
     except Exception as error:
         return str(error)
     if name == "distill":
-        changes = [re.sub("^student=", "start=", one) for one in given["overrides"] or []]
-        return wrong(given["method"], changes, "guidance")
+        method = given["method"] if given["method"] in RECIPES else "guidance"
+        try:
+            return wrong(method, changes_of(method, [one for one in given["overrides"] or [] if one[0] != "["]))
+        except ConfigError as error:
+            return str(error)
     return wrong(given["source"], given["overrides"]) if "overrides" in given else None
 
 
-def wrong(source: str, overrides: list[str] | None, small: str = "tiny") -> str | None:
+def wrong(source: str, overrides: list[str] | None) -> str | None:
     """What is wrong with changes to a recipe; another configuration is taken for a small one."""
     try:
-        load_config(source if source in RECIPES else small, [one for one in overrides or [] if one[0] != "["])
+        load_config(source if source in RECIPES else "tiny", [one for one in overrides or [] if one[0] != "["])
     except ConfigError as error:
         return str(error)
     return None

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from sfumato.exact import three_modes
+from sfumato.metrics.energy import energy_score
 from sfumato.paths import Linear
 from sfumato.samplers import drive
 from sfumato.samplers.consistency import consistency
-from sfumato.tuning.jumps import GOLDEN, best_levels, energy_score
+from sfumato.tuning.jumps import GOLDEN, best_levels
 
 
 def test_levels_are_found_one_after_the_other() -> None:

@@ -42,7 +42,8 @@ def command(recipe: str, run: Path, teacher: Path, device: str) -> list[str]:
     verb = "train" if config.teacher is None else "distill"
     key = "start" if config.teacher is None else "teacher"
     given = [f"{key}={teacher}"] if getattr(config, key) == TEACHER.as_posix() else []
-    return [sys.executable, "-m", "sfumato", verb, recipe, *given, f"device={device}", "--run", str(run)]
+    unjudged = ["--judge", "0"] if verb == "distill" else []  # it is judged here
+    return [sys.executable, "-m", "sfumato", verb, recipe, *given, f"device={device}", "--run", str(run), *unjudged]
 
 
 def taught(recipe: str, run: Path, teacher: Path, device: str) -> bool:

@@ -42,21 +42,32 @@ class Method:
     """What an objective asks of those who take part, where it makes a student: see `sfumato.objectives.teaching`.
 
     about: in a few words. teacher: "needed", "optional" or "none". answers: what its student can be asked for then, see
-    `Denoise`. slow: it has a copy that follows the student. critic: it has one, which learns beside the student,
+    `Denoise`. slow: it has a copy that follows the student: "needed", or "spared" where the student is a low-rank
+    change, which then stands in for it; "" for none. critic: it has one, which learns beside the student,
     made of the "teacher" (of the student where there is no teacher) or of the "student"; "" for none.
     derivative: it takes forward-mode derivatives of the network. pairs: it learns from noise and where the teacher's
     flow takes it, in place of data. boundary: its student says x itself at the data: a prediction of x0 becomes
-    `sfumato.predictions.bounded`.
+    `sfumato.predictions.bounded`. begins: it asks where there may be only noise, so the prediction must say something
+    of the data there: not noise or a score on a path that ends in pure noise. features: it hears what a network says
+    inside, "needed" or "optional". told: numbers that its student's network is told, by layers of their own, so it is
+    no low-rank change. scales: nor with this option, by which it is told the scale of guidance.
+
+    Any path will do for all of them, teacher and student may have two, and any prediction otherwise; a teacher says
+    E[x0 | x_t]. `sfumato.train.possible` refuses what cannot be, before a run has a folder.
     """
 
     about: str
     teacher: str = "needed"
     answers: tuple[str, ...] = ("x0",)
-    slow: bool = False
+    slow: str = ""
     critic: str = ""
     derivative: bool = False
     pairs: bool = False
     boundary: bool = False
+    begins: bool = False
+    features: str = ""
+    told: tuple[str, ...] = ()
+    scales: bool = False
 
 
 PATHS = {
@@ -132,23 +143,39 @@ OBJECTIVES = {
 }
 # What makes a student of a model: the objectives of these names are called with a `Lesson`.
 METHODS = {
-    "guidance": Method("the guided answer of the teacher in one call, for one scale or any that it is told"),
-    "reflow": Method("straight flows, from pairs of noise and of where the teacher takes it", pairs=True),
-    "latent_consistency": Method(
-        "where the guided flow ends, for any data (LCM, LCM-LoRA)", answers=("endpoint",), slow=True
+    "guidance": Method(
+        "the guided answer of the teacher in one call, for one scale or any that it is told", scales=True
     ),
-    "progressive": Method("two steps of the teacher in one, again and again", slow=True),
+    "reflow": Method("straight flows, from pairs of noise and of where the teacher takes it", pairs=True, begins=True),
+    "latent_consistency": Method(
+        "where the guided flow ends, for any data (LCM, LCM-LoRA)",
+        answers=("endpoint",),
+        slow="spared",
+        begins=True,
+        scales=True,
+    ),
+    "progressive": Method("two steps of the teacher in one, again and again", slow="needed", begins=True, scales=True),
     "consistency_distillation": Method(
         "where the teacher's guided flow ends, from steps of a solver (CD)",
         answers=("endpoint",),
-        slow=True,
+        slow="spared",
         boundary=True,
+        begins=True,
     ),
     "consistency_training": Method(
-        "where the flow ends, from data alone (CT)", "none", answers=("endpoint",), slow=True, boundary=True
+        "where the flow ends, from data alone (CT)",
+        "none",
+        answers=("endpoint",),
+        slow="spared",
+        boundary=True,
+        begins=True,
     ),
     "improved_consistency_training": Method(
-        "where the flow ends, from data alone, without a slow copy (iCT)", "none", answers=("endpoint",), boundary=True
+        "where the flow ends, from data alone, without a slow copy (iCT)",
+        "none",
+        answers=("endpoint",),
+        boundary=True,
+        begins=True,
     ),
     "easy_consistency_training": Method(
         "where the flow ends, from data, going on from a diffusion model (ECT)",
@@ -168,9 +195,15 @@ METHODS = {
         "the teacher's guided distribution in a few steps, by a score of the student's own (DMD2)",
         answers=("endpoint",),
         critic="teacher",
+        begins=True,
+        features="optional",
     ),
     "meanflow": Method(
-        "jumps of any length, by how they change along the flow", "optional", answers=("jump",), derivative=True
+        "jumps of any length, by how they change along the flow",
+        "optional",
+        answers=("jump",),
+        derivative=True,
+        told=("until",),
     ),
     "improved_meanflow": Method(
         "the same as a regression of velocities, with the guidance told",
@@ -178,12 +211,24 @@ METHODS = {
         answers=("jump",),
         critic="student",
         derivative=True,
+        told=("until",),
+        scales=True,
+        features="optional",
     ),
-    "shortcut": Method("jumps of any length, each from two of half", "optional", answers=("jump",), slow=True),
+    "shortcut": Method(
+        "jumps of any length, each from two of half",
+        "optional",
+        answers=("jump",),
+        slow="spared",
+        begins=True,
+        told=("until",),
+    ),
     "adversarial": Method(
         "pictures in a few steps that heads on the teacher's features take for real (ADD, LADD)",
         answers=("endpoint",),
         critic="teacher",
+        begins=True,
+        features="needed",
     ),
 }
 DISTANCES = {

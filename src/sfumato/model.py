@@ -81,6 +81,10 @@ class Trainable(nn.Module):
         named = ((f"{name}.{key}", p) for name, part in self.parts().items() for key, p in part.named_parameters())
         return {name: p for name, p in named if p.requires_grad}
 
+    def moving(self) -> dict[str, Tensor]:
+        """What changes in training, detached, by the same names: what learns, and what follows it."""
+        return {name: p.detach() for name, p in self.trained().items()}
+
     def is_kept(self, name: str) -> bool:
         """Whether a weight belongs to what training is for; the others are in checkpoints only."""
         return True

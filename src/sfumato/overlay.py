@@ -59,15 +59,15 @@ def recipes() -> list[Recipe]:
 def load_config(source: str, overrides: Iterable[str] = ()) -> Loaded:
     """The configuration of a recipe or a YAML file with `key=value` laid over it. One ConfigError names all faults."""
     origins: dict[str, str] = {}
-    raw = _read(source, origins, ())
-    raw.setdefault("name", Path(source).stem)
-    for override in overrides:
-        over = _spelled(_parsed(override))
-        raw = cast(dict[str, Any], merged(raw, over))
-        _note(origins, leaves(over), "the command line")
+    raw = _laid(source, overrides, origins)
     here = leaves(raw)  # what another kind dropped was set by nobody any more
     kept = {key: by for key, by in origins.items() if any(one == key or one.startswith(f"{key}.") for one in here)}
     return Loaded(_checked(raw, source, kept), kept)
+
+
+def unchecked(source: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """The same as plain data, as it was said: nothing is looked at, and no default is in it."""
+    return _laid(source, overrides, {})
 
 
 def resolved(config: Config) -> dict[str, Any]:
@@ -90,6 +90,16 @@ def run_config(run: Path) -> dict[str, Any] | None:
     """What is in the config.yaml of a run, or of the run that a model directory lies in; None where there is none."""
     config = next((one for one in (Path(run) / "config.yaml", Path(run) / "../config.yaml") if one.is_file()), None)
     return None if config is None else parse_yaml(config.read_text(encoding="utf-8"), str(config))
+
+
+def _laid(source: str, overrides: Iterable[str], origins: dict[str, str]) -> dict[str, Any]:
+    raw = _read(source, origins, ())
+    raw.setdefault("name", Path(source).stem)
+    for override in overrides:
+        over = _spelled(_parsed(override))
+        raw = cast(dict[str, Any], merged(raw, over))
+        _note(origins, leaves(over), "the command line")
+    return raw
 
 
 def _read(source: str, origins: dict[str, str], above: tuple[Path, ...]) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 from scipy import stats
 
-from sfumato.metrics.intervals import Z, difference, mean_of_shares, wilson
+from sfumato.metrics.intervals import Z, difference, mean_of_shares, ratio, wilson
 
 # Newcombe 1998, "Two-sided confidence intervals for the single proportion", table I, method 3.
 NEWCOMBE = [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)]
@@ -88,3 +89,24 @@ def test_a_share_is_covered_as_often_as_promised(share: float) -> None:
     n = 60
     inside = [k for k in range(n + 1) if wilson(k, n)[0] <= share <= wilson(k, n)[1]]
     assert 0.92 < sum(stats.binom.pmf(k, n, share) for k in inside) < 0.985
+
+
+def test_a_ratio_to_what_is_known_exactly_has_the_others_interval() -> None:
+    assert ratio((0.6, 0.5, 0.65), (0.8, 0.8, 0.8)) == pytest.approx((0.75, 0.625, 0.8125))
+    assert ratio((0.6, 0.6, 0.6), (0.8, 0.7, 0.9)) == pytest.approx((0.75, 0.6 / 0.9, 0.6 / 0.7), rel=0.02)
+    assert ratio((0.0, 0.0, 0.1), (0.8, 0.8, 0.8)) == pytest.approx((0.0, 0.0, 0.125))
+    assert ratio((0.1, 0.0, 0.2), (0.0, 0.0, 0.2)) is None and ratio((0.1, 0.0, 0.2), (0.1, 0.0, 0.3)) is None
+
+
+def test_a_ratio_keeps_its_promise() -> None:
+    """Of two means of twenty shares each, drawn with known probabilities, 95 of 100 intervals hold the true ratio."""
+    rng, held, runs = np.random.default_rng(0), 0, 2000
+    for _ in range(runs):
+        both = []
+        for p in (0.6, 0.85):
+            counts = [(int(hits), 20) for hits in rng.binomial(20, p, 6)]
+            both.append((sum(hits for hits, _ in counts) / 120, *mean_of_shares(counts)))
+        found = ratio(both[0], both[1])
+        assert found is not None
+        held += found[1] <= 0.6 / 0.85 <= found[2]
+    assert 0.93 < held / runs < 0.98

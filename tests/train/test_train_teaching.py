@@ -1,6 +1,5 @@
 """Students in the training loop: what is kept, what goes on, and what cannot be."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from sfumato import load
 from sfumato.adapters.parts import parts_of
 from sfumato.adapters.reading import read_adapter
 from sfumato.catalogue import METHODS, OBJECTIVES, Method
-from sfumato.cli import main
 from sfumato.config import Config
 from sfumato.denoiser import Cond, Denoiser
 from sfumato.errors import CheckpointError, ConfigError
@@ -116,15 +114,6 @@ def test_a_student_may_start_from_another_model(base: Path, tmp_path: Path) -> N
     assert found.facts["start"] == str(tmp_path / "other") and found.facts["teacher"] == str(base)
 
 
-def test_the_command_makes_a_student(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    more = ["steps=2", "batch=2", "device=cpu", "precision=fp32", "samples.every=0", "validate={every: 0, holdout: 0}"]
-    with pytest.raises(SystemExit) as left:
-        main(["distill", "lcm", f"teacher={base}", f"student={base}", *more, "--run", str(tmp_path / "run"), "--json"])
-    assert left.value.code == 0, capsys.readouterr().err
-    assert json.loads(capsys.readouterr().out)["model"] == str(tmp_path / "run/model")
-    assert load(tmp_path / "run", "cpu").settings().steps == 4
-
-
 # the slow copy, the critic, and runs that go on
 
 
@@ -155,7 +144,7 @@ class Opposed:
 @pytest.fixture
 def opposed(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setitem(OBJECTIVES, "opposed", f"{__name__}:Opposed")
-    monkeypatch.setitem(METHODS, "opposed", Method("for tests", slow=True, critic="teacher"))  # type: ignore[index]
+    monkeypatch.setitem(METHODS, "opposed", Method("for tests", slow="needed", critic="teacher"))  # type: ignore[index]
     return "objective={kind: opposed}"
 
 
@@ -254,6 +243,45 @@ def test_a_low_rank_student_is_an_adapter_of_its_teacher(base: Path, tmp_path: P
     pipeline.load_lora(tmp_path / "run/lora.safetensors")
     beside = pipeline.sample("a red square", **few).images
     assert abs(beside.astype(int) - merged).max() <= 1 and abs(beside.astype(int) - plain).max() > 2
+
+
+def test_a_low_rank_student_may_teach_the_next(base: Path, tmp_path: Path) -> None:
+    """In each round but the first its frozen copy teaches it: of the factors, for all else is the same tensors."""
+    config = taught(base, ROUNDS, "lora={rank: 2, alpha: 8}", "optim={lr: 0.3, warmup: 0}", "steps=6")
+    config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"every": 1, "keep": 6})})
+    train(config, run=tmp_path / "whole")
+    tensors = [
+        checkpoint.load(one).tensors["model"] for one in sorted(checkpoint.found(tmp_path / "whole/checkpoints"))
+    ]
+    own = [name for name in tensors[0] if name.startswith("net.")]
+    assert own and tensors[0].keys() == {*own, *(name.replace("net.", "slow.", 1) for name in own)}
+    assert all(".lora_" in name for name in own)
+
+    def follows(step: int, copied: int) -> bool:
+        pairs = [(tensors[step - 1][name.replace("net.", "slow.", 1)], tensors[copied - 1][name]) for name in own]
+        return all(torch.equal(slow, was) for slow, was in pairs)
+
+    # rounds of two steps: a copy after the second and the fourth
+    assert (
+        not follows(1, 1) and follows(2, 2) and follows(3, 2) and follows(4, 4) and follows(5, 4) and not follows(5, 5)
+    )
+    stopped(config, tmp_path / "parts", 3)
+    train(load_config(str(tmp_path / "parts/config.yaml")).config, run=tmp_path / "parts", resume=True)
+    whole, parts = kept(tmp_path / "whole"), kept(tmp_path / "parts")
+    names = [name for name in whole if "step-00000006" in name or name.startswith(("model", "lora"))]
+    assert len(names) > 4 and [name for name in names if whole[name] != parts.get(name)] == []
+    assert load_model(tmp_path / "whole/model").weights().keys() == load_model(base / "model").weights().keys()
+    assert read_adapter(tmp_path / "whole/lora.safetensors", parts_of(load_model(base / "model"))).ranks == [2]
+
+
+def test_what_stands_still_is_not_copied(base: Path, tmp_path: Path) -> None:
+    run = begun(taught(base, ROUNDS, "lora.rank=2", "steps=4", "checkpoint.every=2"), tmp_path / "run")
+    model = run.model
+    run.close()
+    assert isinstance(model, Student) and model.slow is not None
+    both = list(zip(model.slow.net.named_parameters(), model.net.named_parameters(), strict=True))
+    shared = {name: slow is own for (name, slow), (_, own) in both}
+    assert all(same == (".lora_" not in name) for name, same in shared.items()) and not all(shared.values())
 
 
 # what cannot be

@@ -1,12 +1,17 @@
 """`sfumato train`: a recipe or a file, with anything changed by key=value."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
 from sfumato.cli.show import as_json, line, say
 from sfumato.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sfumato.config import Config
 
 
 def train(
@@ -32,6 +37,47 @@ def train(
     sfumato train quickstart data.kind=folder data.path=DIR name=mine
     sfumato train --resume runs/mine
     """
+    done = trained(source, overrides or [], resume, run, stop_after, print_config, json)
+    if done is None:
+        return
+    if json:
+        as_json(done.as_dict())
+    else:
+        done.tell()
+
+
+@dataclass(frozen=True)
+class Done:
+    """What was trained: the run's folder, its model, and by which configuration."""
+
+    run: Path
+    model: Path
+    config: "Config"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs."""
+        return {"run": str(self.run), "model": str(self.model)}
+
+    def tell(self) -> None:
+        """Where the model is, and what may be done with it."""
+        line(self.model)
+        if self.config.model is not None and self.config.model.net is None:
+            say(f'next: a model in its latents, with "model.codec={{kind: latents, weights: {self.run}}}"')
+            return
+        judge = f"sfumato eval {self.run} --suite scenes, " if self.config.data["kind"] == "scenes" else ""
+        say(f'next: sfumato sample {self.run} "a prompt", {judge}sfumato doctor {self.run}')
+
+
+def trained(
+    source: str,
+    overrides: Sequence[str],
+    resume: bool,
+    run: Path | None,
+    stop_after: int | None,
+    print_config: bool,
+    json: bool,
+) -> Done | None:
+    """Trains, as the command's options say; None where a configuration was printed."""
     from sfumato.overlay import load_config, recipes
 
     folder = Path(source)
@@ -41,11 +87,11 @@ def train(
         raise ConfigError("this run exists already", where=str(folder), fix=f"sfumato train --resume {folder}")
     if resume and not is_run and not folder.is_file() and not is_recipe:
         _no_run(folder)
-    loaded = load_config(str(folder / "config.yaml") if is_run else source, overrides or [])
+    loaded = load_config(str(folder / "config.yaml") if is_run else source, overrides)
     place = run or (folder if is_run else Path("runs") / loaded.config.name)
     if print_config:
         _print(loaded, json)
-        return
+        return None
     if not resume and any((place / "checkpoints").glob("step-*")):
         raise ConfigError(
             "this run exists already", where=str(place), fix=f"sfumato train --resume {place}, or name=ANOTHER"
@@ -53,15 +99,7 @@ def train(
     from sfumato.train import train as begin
 
     model = begin(loaded.config, run=place, resume=resume, stop_after=stop_after)
-    if json:
-        as_json({"run": str(place), "model": str(model)})
-    else:
-        line(model)
-        if loaded.config.model is not None and loaded.config.model.net is None:
-            say(f'next: a model in its latents, with "model.codec={{kind: latents, weights: {place}}}"')
-            return
-        judge = f"sfumato eval {place} --suite scenes, " if loaded.config.data["kind"] == "scenes" else ""
-        say(f'next: sfumato sample {place} "a prompt", {judge}sfumato doctor {place}')
+    return Done(place, model, loaded.config)
 
 
 def _no_run(folder: Path) -> NoReturn:

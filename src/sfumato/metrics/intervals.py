@@ -41,6 +41,21 @@ def difference(one: tuple[float, float, float], other: tuple[float, float, float
     return a - b - math.hypot(a - a_low, b_high - b), a - b + math.hypot(a_high - a, b - b_low)
 
 
+def ratio(one: tuple[float, float, float], other: tuple[float, float, float]) -> tuple[float, float, float] | None:
+    """one / other with its 95% interval, of two independent estimates that are not negative, each (value, low, high).
+
+    By the variances that the two intervals stand for (MOVER-R: Donner & Zou 2012). None where the other's interval is
+    so wide that nothing bounds the ratio.
+    """
+    (a, a_low, a_high), (b, b_low, b_high) = one, other
+    low_b, high_b = b_low * (2 * b - b_low), b_high * (2 * b - b_high)
+    if b <= 0 or low_b <= 0 or high_b <= 0:
+        return None
+    below = math.sqrt(max(0.0, (a * b) ** 2 - a_low * (2 * a - a_low) * high_b))
+    above = math.sqrt(max(0.0, (a * b) ** 2 - a_high * (2 * a - a_high) * low_b))
+    return a / b, max(0.0, (a * b - below) / high_b), (a * b + above) / low_b
+
+
 def told_share(hits: int, n: int) -> dict[str, Any]:
     """A share with its interval, as plain data."""
     low, high = wilson(hits, n)

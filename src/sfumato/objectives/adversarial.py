@@ -19,7 +19,6 @@ from sfumato.objectives.critics import (
     Heads,
     Listening,
     check_counts,
-    check_said,
     check_shares,
     check_times,
     detached,
@@ -32,7 +31,7 @@ from sfumato.objectives.critics import (
 from sfumato.objectives.denoising import Loss
 from sfumato.objectives.draws import beside, noise_like, times_for
 from sfumato.objectives.endpoints import regression, teacher_of
-from sfumato.objectives.teaching import Lesson
+from sfumato.objectives.teaching import Lesson, check_said
 from sfumato.paths import noised
 from sfumato.times import Density, LogitNormal, Uniform
 
@@ -61,6 +60,13 @@ class Adversarial:
         check_times(self.at)
         check_shares(self, "distillation", "adversarial", "r1", "warmup")
         check_counts(self, "flow")
+
+    def suits(self, student: Denoiser, teacher: Denoiser | None) -> None:
+        check_said(student, student.path, self.at[0], "objective.at")
+        if teacher is not None and self.warmup:
+            check_said(teacher, student.path, self.at[0], "objective.at", "teacher")
+        if teacher is not None:
+            self.heads(teacher.net)
 
     def critic(self, denoiser: Denoiser) -> nn.Module:
         return cast(nn.Module, self.heads(denoiser.net))
@@ -98,7 +104,7 @@ class Adversarial:
 
     def answers(self, student: Denoiser, x0: Tensor, cond: Cond | None, rng: Generator | None) -> tuple[Tensor, Tensor]:
         """Times (B,), as evenly drawn as the batch allows, and the student's answers there to pictures noised."""
-        check_said(student, self.at)
+        check_said(student, student.path, self.at[0], "objective.at")
         t = beside(x0, torch.tensor(self.at, dtype=torch.float64)[drawn_which(len(x0), len(self.at), rng)])
         eps = noise_like(x0, rng)
         return t, ended(student, noised(student.path, x0, eps, t).to(x0.dtype), t, cond)

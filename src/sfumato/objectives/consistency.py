@@ -22,7 +22,7 @@ from sfumato.grids import Grid, karras
 from sfumato.objectives.denoising import Loss
 from sfumato.objectives.distances import Distance
 from sfumato.objectives.draws import beside, noise_like
-from sfumato.objectives.teaching import Lesson
+from sfumato.objectives.teaching import Lesson, check_said
 from sfumato.paths import Path, along, noised
 from sfumato.samplers.core import SamplerFn as Sampler
 from sfumato.samplers.heun import heun
@@ -55,6 +55,11 @@ class ConsistencyDistillation:
         checked(self.metric, self.c, self.keep)
         if self.points < 2:
             raise ConfigError("a grid has two points", where="objective.points", seen=str(self.points), fix="40")
+
+    def suits(self, student: Denoiser, teacher: Denoiser | None) -> None:
+        begins = points_of(self.grid, self.points, student)[0]
+        if teacher is not None:
+            check_said(teacher, student.path, begins, "objective.grid", "teacher")
 
     def follow(self, step: int, steps: int) -> float:
         return self.keep
@@ -99,6 +104,9 @@ class ConsistencyTraining:
         square = progress * ((self.last + 1) ** 2 - self.first**2) + self.first**2
         return math.ceil(math.sqrt(square) - 1 - 1e-9) + 1
 
+    def suits(self, student: Denoiser, teacher: Denoiser | None) -> None:
+        points_of(self.grid, self.points(1.0), student)
+
     def follow(self, step: int, steps: int) -> float:
         """mu(k): keep^(first / (N(k) - 1)), of which `keep` is left after `first` of N - 1 steps."""
         if self.keep == 0:
@@ -140,10 +148,7 @@ def checked_growth(first: int, last: int, least: int) -> None:
 def points_of(grid: Grid, n: int, student: Denoiser) -> Tensor:
     """The n points of a grid, float64: falling, to the data. ConfigError where the student has no word of the first."""
     times = grid(student.path, n - 1).to(torch.float64)
-    if not bool(student.prediction.determines(student.path, times[0])):
-        seen = f"the prediction {student.prediction.name} at t = {float(times[0]):g}"
-        what = "a grid begins where the student's answer says nothing of the data"
-        raise ConfigError(what, where="objective.grid", seen=seen, fix="model.prediction=v, or objective.grid=karras")
+    check_said(student, student.path, times[0], "objective.grid")
     return times
 
 

@@ -1,6 +1,6 @@
 """What methods with a critic share: heads that judge by a network's features, and a critic that stands still."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -52,13 +52,6 @@ def check_times(at: tuple[float, ...]) -> None:
     if not at or list(at) != sorted(set(at), reverse=True) or not 0 < at[-1] <= at[0] <= 1:
         fix = "[1.0, 0.75, 0.5, 0.25]"
         raise ConfigError("a student's times fall from 1", where="objective.at", seen=str(list(at)), fix=fix)
-
-
-def check_said(denoiser: Denoiser, at: Sequence[float]) -> None:
-    """ConfigError where an answer says nothing of the data: noise predictions at pure noise."""
-    if not bool(denoiser.prediction.determines(denoiser.path, torch.tensor(at, dtype=torch.float64)).all()):
-        what, seen = "at pure noise this prediction says nothing of the data", denoiser.prediction.name
-        raise ConfigError(what, where="objective.at", seen=f"{seen} at {at[0]:g}", fix="times below 1")
 
 
 def check_shares(objective: object, *names: str) -> None:

@@ -23,7 +23,6 @@ from sfumato.objectives.critics import (
     Heads,
     Listening,
     check_counts,
-    check_said,
     check_shares,
     check_times,
     detached,
@@ -36,7 +35,7 @@ from sfumato.objectives.critics import (
 from sfumato.objectives.denoising import Denoising, Loss
 from sfumato.objectives.draws import beside, noise_like, times_for
 from sfumato.objectives.endpoints import begun_with, regression, teacher_of
-from sfumato.objectives.teaching import Lesson, Teacher
+from sfumato.objectives.teaching import Lesson, Teacher, check_said
 from sfumato.objectives.weights import Flat, Weight
 from sfumato.paths import Path, along, noised
 from sfumato.predictions import Prediction
@@ -105,6 +104,13 @@ class DistributionMatching:
         check_shares(self, "adversarial", "contest", "warmup")
         check_counts(self, "every", "flow")
 
+    def suits(self, student: Denoiser, teacher: Denoiser | None) -> None:
+        check_said(student, student.path, self.at[0], "objective.at")
+        if teacher is not None and self.warmup:
+            check_said(teacher, student.path, self.at[0], "objective.at", "teacher")
+        if teacher is not None and self.heads is not None:
+            self.heads(teacher.net)
+
     def critic(self, denoiser: Denoiser) -> FakeScore:
         return FakeScore(denoiser, self.heads)
 
@@ -146,7 +152,7 @@ class DistributionMatching:
 
         Without gradients it walks from noise to that step, as `samplers.consistency` does, with new noise each time.
         """
-        check_said(student, self.at)
+        check_said(student, student.path, self.at[0], "objective.at")
         path = student.path
         which = drawn_which(len(x0), len(self.at), rng)
         t = beside(x0, torch.tensor(self.at, dtype=torch.float64)[which])

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from sfumato.denoiser import Cond
+from sfumato.denoiser import Cond, Denoiser
 from sfumato.errors import ConfigError
 from sfumato.grids import SIGMA_MAX, Grid, karras
 from sfumato.objectives.consistency import (
@@ -65,6 +65,9 @@ class ImprovedConsistencyTraining:
         """N(k) of the grid, the data included: `first` + 1, doubled after equal parts of training, at most last + 1."""
         parts = math.floor(math.log2(self.last // self.first)) + 1
         return int(min(self.first * 2 ** math.floor(progress * parts), self.last)) + 1
+
+    def suits(self, student: Denoiser, teacher: Denoiser | None) -> None:
+        points_of(self.grid, self.points(1.0), student)
 
     def shares(self, path: Path, times: Tensor) -> Tensor:
         """How often each pair of neighbouring times is drawn: (n,), of n + 1 falling times."""

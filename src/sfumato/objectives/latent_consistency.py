@@ -20,7 +20,7 @@ from sfumato.grids import Grid, trailing
 from sfumato.objectives.consistency import same_chance
 from sfumato.objectives.denoising import Loss
 from sfumato.objectives.draws import beside, noise_like
-from sfumato.objectives.teaching import Lesson, checked_scales, drawn_scales
+from sfumato.objectives.teaching import Lesson, check_said, checked_scales, drawn_scales
 from sfumato.paths import along, noised
 from sfumato.samplers.consistency import boundary_shares
 from sfumato.samplers.ddim import ddim
@@ -64,13 +64,20 @@ class LatentConsistency:
     def told(self) -> tuple[str, ...]:
         return () if self.scales is None else ("guidance",)
 
+    def suits(self, student: Denoiser, teacher: Denoiser | None) -> None:
+        begins = self._times(student)[0]
+        if teacher is not None:
+            check_said(teacher, student.path, begins, "objective.grid", "teacher")
+        if self.boundary:
+            boundary_shares(student.path, begins, self.boundary)
+
     def follow(self, step: int, steps: int) -> float:
         return self.keep
 
     def __call__(self, lesson: Lesson, x0: Tensor, cond: Cond | None = None, rng: Generator | None = None) -> Loss:
         """x0: (B, ...). Points, noise and scales come from `rng` on the CPU."""
         student, teacher = lesson.student, lesson.taught
-        times = self.grid(student.path, self.points).to(torch.float64)
+        times = self._times(student)
         start = torch.randint(self.points, (len(x0),), generator=rng)
         ends = (start + self.skip).clamp(max=self.points)
         pairs = torch.stack([times[start], times[ends]], 1)
@@ -88,6 +95,11 @@ class LatentConsistency:
         square = error.square()
         each = square if self.loss == "l2" else torch.sqrt(square + self.c**2) - self.c
         return Loss(each.mean(), square.detach().flatten(1).mean(1), t)
+
+    def _times(self, student: Denoiser) -> Tensor:
+        times = self.grid(student.path, self.points).to(torch.float64)
+        check_said(student, student.path, times[0], "objective.grid")
+        return times
 
     def end(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Where a student says that the flow through x_t (B, ...) at times (B,) ends."""

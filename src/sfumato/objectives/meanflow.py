@@ -85,6 +85,10 @@ class MeanFlow:
     def told(self) -> tuple[str, ...]:
         return ("until",)
 
+    def suits(self, student: Denoiser, teacher: Denoiser | None) -> None:
+        if checked_means(self.means, teacher):
+            self._check_guidance()
+
     def __call__(self, lesson: Lesson, x0: Tensor, cond: Cond | None = None, rng: Generator | None = None) -> Loss:
         """x0: (B, ...). Times and noise come from `rng` on the CPU, times first."""
         student, told = lesson.student, dict(cond or {})
@@ -106,9 +110,7 @@ class MeanFlow:
     def _mean(self, lesson: Lesson, x_t: Tensor, t: Tensor, x0: Tensor, cond: Cond) -> Tensor:
         """What stands for E[x0 | x_t], guided."""
         if taught(lesson, self.means):
-            if self.guidance != 1:
-                seen, fix = f"{self.guidance:g}", f"teacher_guidance={self.guidance:g}"
-                raise ConfigError("a teacher has guidance of its own", where="objective.guidance", seen=seen, fix=fix)
+            self._check_guidance()
             return lesson.taught(x_t, t)
         if self.guidance == 1 or not cond:
             return x0
@@ -117,6 +119,11 @@ class MeanFlow:
         omega = self.guidance * (1 - self.kappa)
         guided = omega * x0 + (1 - omega - self.kappa) * silent + self.kappa * own
         return torch.where(along(inside(self.interval, lesson.path, t), x0), guided, x0)
+
+    def _check_guidance(self) -> None:
+        if self.guidance != 1:
+            seen, fix = f"{self.guidance:g}", f"teacher_guidance={self.guidance:g}"
+            raise ConfigError("a teacher has guidance of its own", where="objective.guidance", seen=seen, fix=fix)
 
 
 @dataclass(frozen=True)
@@ -153,6 +160,9 @@ class ImprovedMeanFlow:
     @property
     def told(self) -> tuple[str, ...]:
         return ("until",) if self.scales is None else ("until", "guidance")
+
+    def suits(self, student: Denoiser, teacher: Denoiser | None) -> None:
+        checked_means(self.means, teacher)
 
     def critic(self, denoiser: Denoiser) -> nn.Module:
         return SecondHead(denoiser.net) if self.head == "auxiliary" else nn.Identity()
@@ -318,6 +328,14 @@ def weighed(
 def taught(lesson: Lesson, means: Means | None) -> bool:
     """Whether E[x0 | x_t] is the teacher's."""
     return lesson.teacher is not None if means is None else means == "teacher"
+
+
+def checked_means(means: Means | None, teacher: Denoiser | None) -> bool:
+    """Whether E[x0 | x_t] is the teacher's. ConfigError where it should be, and there is none."""
+    if means == "teacher" and teacher is None:
+        fix = "objective.means=data, or teacher=runs/quickstart"
+        raise ConfigError("there is no teacher whose means to learn", where="objective.means", seen="teacher", fix=fix)
+    return teacher is not None if means is None else means == "teacher"
 
 
 def inside(interval: Interval, path: Path, t: Tensor) -> Tensor:

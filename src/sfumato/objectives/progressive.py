@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from sfumato.denoiser import Cond
+from sfumato.denoiser import Cond, Denoiser
 from sfumato.errors import ConfigError
 from sfumato.grids import Grid, linear
 from sfumato.objectives.denoising import Denoising, Loss
 from sfumato.objectives.draws import beside, noise_like
-from sfumato.objectives.teaching import Lesson, checked_scales, drawn_scales
+from sfumato.objectives.teaching import Lesson, check_said, checked_scales, drawn_scales
 from sfumato.objectives.weights import TruncatedSNR, Weight
 from sfumato.paths import Path, along, noised
 from sfumato.predictions import Prediction
@@ -61,6 +61,13 @@ class Progressive:
         """Which round a step (from 0) of so many is in; the last, where nothing is said."""
         return self.rounds - 1 if step is None else min(self.rounds - 1, step * self.rounds // max(1, steps))
 
+    def suits(self, student: Denoiser, teacher: Denoiser | None) -> None:
+        for number in range(self.rounds):
+            begins = self.times(student.path, self.first >> number)[0]
+            check_said(student, student.path, begins, "objective.grid")
+            if teacher is not None:
+                check_said(teacher, student.path, begins, "objective.grid", "teacher")
+
     def phase(self, step: int, steps: int) -> int:
         """The round: each has a target of its own."""
         return self.round(step, steps)
@@ -83,7 +90,7 @@ class Progressive:
         student, number = lesson.student, self.round(lesson.step, lesson.steps)
         steps = self.first >> number
         times = self.times(student.path, steps)
-        _check_start(student.prediction, student.path, times[:1])
+        check_said(student, student.path, times[0], "objective.grid")
         start = 2 * torch.randint(steps, (len(x0),), generator=rng)
         grids = torch.stack([times[start], times[start + 1], times[start + 2]], 1)
         t, s = beside(x0, grids[:, 0]), beside(x0, grids[:, 2])
@@ -113,10 +120,3 @@ def lands(path: Path, x_t: Tensor, t: Tensor, x_s: Tensor, s: Tensor) -> Tensor:
     t, s = along(t, x_t), along(s, x_t)
     ratio = path.sigma(s) / path.sigma(t)
     return (x_s - ratio * x_t) / (path.alpha(s) - ratio * path.alpha(t))
-
-
-def _check_start(prediction: Prediction, path: Path, t: Tensor) -> None:
-    if not bool(prediction.determines(path, t).all()):
-        what = "a student that predicts noise says nothing of the picture where there is only noise"
-        seen, fix = f"{prediction.name} at t = {float(t[0]):g}", "a teacher that predicts v, velocity or x0"
-        raise ConfigError(what, where="teacher", seen=seen, fix=fix)

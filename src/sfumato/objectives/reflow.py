@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from sfumato.denoiser import Cond
+from sfumato.denoiser import Cond, Denoiser
 from sfumato.errors import ConfigError
 from sfumato.objectives.denoising import Inside, Loss
 from sfumato.objectives.distances import Distance
 from sfumato.objectives.draws import beside
-from sfumato.objectives.teaching import Lesson
+from sfumato.objectives.teaching import Lesson, check_said
 from sfumato.paths import Linear, Path, log_snr, noised
 from sfumato.predictions import VELOCITY
 from sfumato.times import Density, UShaped
@@ -47,6 +47,10 @@ class Reflow:
             raise ConfigError("Huber's constant is above 0", where="objective.huber", seen=seen, fix="huber=0.00054")
         if self.steps is not None and self.steps < 1:
             raise ConfigError("a student takes a step", where="objective.steps", seen=str(self.steps), fix="steps=1")
+
+    def suits(self, student: Denoiser, teacher: Denoiser | None) -> None:
+        if self.steps is not None:  # at the first of its times there is only noise
+            check_said(student, Linear(), 1.0, "objective")
 
     def __call__(self, lesson: Lesson, x0: Tensor, cond: Cond | None = None, rng: Generator | None = None) -> Loss:
         """x0: (B, ...), where the flow from `lesson.noise` ends. Times come from `rng` on the CPU."""

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Generator, Tensor
 
-from sfumato.denoiser import JUMP, Cond
+from sfumato.denoiser import JUMP, Cond, Denoiser
 from sfumato.errors import ConfigError
 from sfumato.objectives.denoising import Denoising, Loss
 from sfumato.objectives.draws import noise_like, times_for
-from sfumato.objectives.meanflow import Means, some, taught
-from sfumato.objectives.teaching import Lesson, Teacher
+from sfumato.objectives.meanflow import Means, checked_means, some, taught
+from sfumato.objectives.teaching import Lesson, Teacher, check_said
 from sfumato.objectives.weights import Flat, Weight
 from sfumato.paths import Path, along, noised
 from sfumato.predictions import Prediction
@@ -57,6 +57,11 @@ class Shortcut:
     @property
     def told(self) -> tuple[str, ...]:
         return ("until",)
+
+    def suits(self, student: Denoiser, teacher: Denoiser | None) -> None:
+        check_said(student, student.path, 1.0, "objective")
+        if checked_means(self.means, teacher) and teacher is not None:
+            check_said(teacher, student.path, 1.0, "objective", "teacher")
 
     def follow(self, step: int, steps: int) -> float:
         return self.decay

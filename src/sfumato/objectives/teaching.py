@@ -17,9 +17,10 @@ from sfumato.denoiser import Bound, Cond, Denoiser, joined, times_like, translat
 from sfumato.errors import ConfigError
 from sfumato.guidance import CFG, Guidance, Unguided, Variants, combined, given, rows_within, started, varied
 from sfumato.guidance.core import ALWAYS, Interval
-from sfumato.paths import Path
+from sfumato.paths import Path, log_snr
 
 Scale = float | Tensor  # of classifier-free guidance: one for all, or one a sample (B,)
+PROBES = 32  # times at which a guidance is tried
 Scales = tuple[float, float] | None  # the range that scales are drawn from, where the student is told them
 
 
@@ -62,6 +63,14 @@ class Teacher:
         if isinstance(guide, CFG) and guide == CFG(scale=guide.scale, interval=guide.interval):
             return self._by_scale(x_t, t, guide.scale, guide.interval)  # of which time only says where it is on
         return self._by_rows(x_t, t)
+
+    def check(self) -> None:
+        """ConfigError for a guidance by which no teacher can answer, samples and times as they come."""
+        guide = started(given(self.guidance, self.cond, self.null))
+        x = torch.zeros(1, 1, 2, 2)
+        for time in torch.linspace(1, 0, PROBES + 1)[:-1].tolist():
+            asked = guide.branches(self.denoiser.path, time)
+            combined(guide, self.denoiser.path, x, time, [x] * len(asked))
 
     def bound(self, guidance: Scale | None = None) -> Bound:
         """What samplers ask: x0-hat under one guidance."""
@@ -197,6 +206,35 @@ class Tells(Protocol):
     def told(self) -> Sequence[str]:
         """The numbers that its network is told: "guidance", "until"."""
         ...
+
+
+@runtime_checkable
+class Suits(Protocol):
+    """A method that not everybody can learn by, or teach by."""
+
+    def suits(self, student: Denoiser, teacher: Denoiser | None) -> None:
+        """ConfigError for a student that cannot, or a teacher; of both the path, the prediction and the answers count,
+        and where the method hears what is said inside of it the network.
+        """
+        ...
+
+
+def check_said(denoiser: Denoiser, path: Path, t: float | Tensor, where: str, who: str = "student") -> None:
+    """ConfigError where an answer says nothing of the data: predictions of noise at pure noise, of a student or a
+    "teacher". t (): on `path`; where: of the configuration, says that the method begins there.
+    """
+    at = torch.as_tensor(t, dtype=torch.float64)
+    if denoiser.path != path:
+        at = denoiser.path.time(log_snr(path, at))
+    if bool(denoiser.prediction.determines(denoiser.path, at).all()):
+        return
+    what = f"the {who}'s answer says nothing of the data where the method begins"
+    seen = f"the prediction {denoiser.prediction.name} at t = {float(at):g}"
+    begins = "[0.99, 0.7]" if where == "objective.at" else "{kind: linear, start: 0.99}"
+    other = f"a {who} that predicts x0, v or velocity"
+    raise ConfigError(
+        what, where=where, seen=seen, fix=other if where == "objective" else f"{where}={begins}, or {other}"
+    )
 
 
 @runtime_checkable

@@ -78,10 +78,9 @@ class Keeping:
         return State({"model": self._kept(), **averages, "optim": optim}, plain, model.files())
 
     def _kept(self) -> dict[str, Tensor]:
-        """What a checkpoint has of the weights: all of them, or the adapter's."""
-        if self.config.lora is None:
-            return self.stepper.model.weights()
-        return {name: value.detach() for name, value in self.weights.items()}
+        """What a checkpoint has of the weights: all of them, or the adapter's, and those of an adapter that follows."""
+        model = self.stepper.model
+        return model.weights() if self.config.lora is None else model.moving()
 
     def save_models(self, counts: Mapping[str, Any], some: Callable[[int], Iterator[Tensor]]) -> None:
         """A model directory for each average: `model/` for the first, `model-1/`, `model-2/` for others; an adapter

@@ -10,20 +10,22 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 import torch
 
 from sfumato import files
 from sfumato.config import Config
 from sfumato.errors import ConfigError, MemoryShortage
-from sfumato.model import pick_device
+from sfumato.model import Model, pick_device
 from sfumato.overlay import as_yaml, resolved
 from sfumato.train import checkpoint, pairs
 from sfumato.train.begin import begun, resumed
+from sfumato.train.possible import check_possible
 from sfumato.train.run import Run
-from sfumato.train.start import FOLDER
+from sfumato.train.start import FOLDER, Start
 from sfumato.train.step import pick_precision
-from sfumato.train.teaching import as_student
+from sfumato.train.teaching import as_student, read_teacher
 
 # What a run has written before its first checkpoint: another may begin over it, if there is a run's lock beside it.
 LOGS = {".lock", "config.yaml", "log.txt", "metrics.jsonl", "loss.png", "loss_by_noise.png"}
@@ -46,16 +48,36 @@ def train(config: Config, *, run: str | Path, resume: bool = False, stop_after: 
     if stop_after is not None and stop_after < 1:
         raise ConfigError("a run stops after one step at least", where="stop_after", seen=str(stop_after))
     _check_folder(folder, resume)
+    with _explained_memory(config):
+        prepared = _prepared(config, folder, resume)
+    config = prepared.config
     with files.lock(folder), _stop_signal() as stopping, _explained_memory(config):
         _check_folder(folder, resume)  # again: another process may have trained here while this one waited
         for place in (folder, folder / checkpoint.FOLDER, folder / "samples"):
             files.sweep(place)
-        precision = pick_precision(config.precision, pick_device(config.device))
-        config = config.model_copy(update={"precision": precision})  # so that the folder says what was meant
-        config, start = as_student(*((resumed(config, folder), None) if resume else begun(config)))
-        with closing(Run(config, folder, resume, start, stopping)) as made:
+        with closing(Run(config, folder, resume, prepared.start, stopping, prepared.teacher)) as made:
             files.write_atomic(folder / "config.yaml", as_yaml(resolved(config)))
             return made.go(stopping, stop_after)
+
+
+class Prepared(NamedTuple):
+    """A complete configuration, and the models that it names: to begin with, and to learn from."""
+
+    config: Config
+    start: Start | None = None
+    teacher: Model | None = None
+
+
+def _prepared(config: Config, folder: Path, resume: bool) -> Prepared:
+    """All that a run needs to know of other models; nothing is written. ConfigError for what cannot be."""
+    precision = pick_precision(config.precision, pick_device(config.device))
+    config = config.model_copy(update={"precision": precision})  # so that the folder says what was meant
+    if resume:
+        return Prepared(as_student(resumed(config, folder), None)[0])
+    config, start = begun(config)
+    teacher = None if config.teacher is None else read_teacher(config.teacher)
+    check_possible(config, start, teacher)
+    return Prepared(*as_student(config, start), teacher)
 
 
 def _check_folder(folder: Path, resume: bool) -> None:

@@ -51,7 +51,7 @@ class Run:
     """A run of a configuration in a folder, from its beginning or from its newest whole checkpoint.
 
     start: the model to begin with, where the configuration names one and the run is new. stopping: whether to stop,
-    asked while pairs are made.
+    asked while pairs are made. teacher: of a student, where it was read already.
     step counts the steps, made or skipped, updates those that were made, images the pictures seen. pending: loss,
     gradient norm and what else the objective tells of the steps since the last row of metrics. shown: the conditions
     that are drawn on the way, or of an autoencoder's run the pictures that are reconstructed.
@@ -64,6 +64,7 @@ class Run:
         resume: bool,
         start: Start | None = None,
         stopping: Callable[[], bool] = lambda: False,
+        teacher: Model | None = None,
     ) -> None:
         self.config, self.folder = config, folder
         if config.threads:
@@ -72,7 +73,7 @@ class Run:
         told: list[str] = []
         kept = checkpoint.newest(self.checkpoints, told.append) if resume else None
         self.dataset = build(config.source, "Data")
-        self._build(kept[1] if kept else None, start)
+        self._build(kept[1] if kept else None, start, teacher)
         self.step = self.updates = self.images = 0
         self.pending: list[dict[str, float]] = []
         if kept is not None:
@@ -140,7 +141,7 @@ class Run:
             self.log.say(f"{self.images:,} images in {self.step:,} steps; the model is in {self.folder / 'model'}")
         return self.folder / "model"
 
-    def _build(self, state: State | None, start: Start | None) -> None:
+    def _build(self, state: State | None, start: Start | None, teacher: Model | None) -> None:
         """The parts, freshly initialised; a conditioner's vocabulary is that of the checkpoint, if there is one."""
         config = self.config
         torch.manual_seed(key(config.seed, "weights"))
@@ -151,7 +152,7 @@ class Run:
             objective.check(self.model.denoiser)
         self.model.to(self.device)
         if config.method is not None:
-            self.model = student_of(self.model, config, objective, self.device).to(self.device)
+            self.model = student_of(self.model, config, objective, self.device, teacher).to(self.device)
         self.model.train()
         self.weights = self.model.trained()
         self.averaged = {name: p for name, p in self.weights.items() if self.model.is_kept(name)}

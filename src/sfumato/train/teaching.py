@@ -67,8 +67,15 @@ class Student(Model):
             return
         kept = self.follow.follow(step, steps)
         if kept < 1:
-            pairs = list(zip(self.slow.net.parameters(), self.net.parameters(), strict=True))
+            both = zip(self.slow.net.parameters(), self.net.parameters(), strict=True)
+            pairs = [(slow, own) for slow, own in both if slow is not own]
             torch._foreach_lerp_([slow for slow, _ in pairs], [own for _, own in pairs], 1 - kept)
+
+    def moving(self) -> dict[str, Tensor]:
+        own = {name: p for name, p in self.trained().items() if self.slow is not None and name.startswith("net.")}
+        follows = {} if self.slow is None else dict(self.slow.net.named_parameters())
+        beside = {f"{SLOW}.{name}": p for name, p in follows.items() if f"net.{name}" in own}
+        return super().moving() | {name: p.detach() for name, p in beside.items()}
 
     def is_kept(self, name: str) -> bool:
         return not name.startswith((f"{SLOW}.", f"{CRITIC}."))
@@ -138,9 +145,6 @@ def as_student(config: Config, begun: Start | None) -> tuple[Config, Start | Non
     told = tuple(method.told) if isinstance(method, Tells) else ()
     assert config.model is not None  # its own, or that of its start
     section = config.model.model_dump(mode="json")
-    if told and config.lora is not None:
-        seen, what = ", ".join(told), "a low-rank change has no layers for a number that is told"
-        raise ConfigError(what, where="lora", seen=seen, fix="lora=null, or an objective that tells nothing")
     found = {**section, "net": _telling(section["net"], told), "answers": list(line.answers)}
     if line.boundary and section["prediction"]["kind"] == "x0":
         # nearly what it was, and x itself at the data; the level is written out, for a model must not hang on a default
@@ -191,27 +195,36 @@ def _told_scales(denoiser: Denoiser) -> Denoiser:
     return Denoiser(_ByWeight(denoiser.net), *parts)
 
 
-def student_of(model: Any, config: Config, objective: Any, device: torch.device) -> Student:
-    """A model, ready to learn by the configured method: with its teacher, its slow copy and its critic."""
+def student_of(
+    model: Any, config: Config, objective: Any, device: torch.device, teacher: Model | None = None
+) -> Student:
+    """A model, ready to learn by the configured method: with its teacher, which is read unless it was already, its slow
+    copy and its critic.
+    """
     line = _method(config)
     if not isinstance(model, Model):
         raise ConfigError("this objective trains a network", where="model.net", seen="null", fix="model.net=dit")
     student = Student(model, config.steps)
-    teacher = None
     if config.teacher is not None:
-        teacher = read_teacher(config.teacher).to(device)
+        teacher = (teacher or read_teacher(config.teacher)).to(device)
         if student.conditioner is not None and config.start is not None:
             student.conditioner.requires_grad_(False)  # what it was taught to read stays
         student.taught_by(teacher, guidance_of(config, teacher))
-    if line.slow and config.lora is None:  # of a low-rank change there is no copy: it is judged by itself
+    if line.slow == "needed" or (line.slow and config.lora is None):
         assert isinstance(objective, Follows)
-        student.slow, student.follow = copy.deepcopy(student.denoiser).requires_grad_(False), objective
+        student.slow, student.follow = copied(student.denoiser), objective
     if line.critic:
         assert isinstance(objective, Judges)
         torch.manual_seed(key(config.seed, CRITIC))
         judged = line.critic == "teacher" and teacher is not None
         student.critic = objective.critic(teacher.denoiser if judged and teacher else student.denoiser)
     return student
+
+
+def copied(denoiser: Denoiser) -> Denoiser:
+    """A frozen copy of what of a denoiser learns; what stands still is the same tensors in both."""
+    shared = {id(p): p for p in denoiser.parameters() if not p.requires_grad}
+    return copy.deepcopy(denoiser, shared).requires_grad_(False)
 
 
 def read_teacher(path: str) -> Model:
@@ -221,12 +234,7 @@ def read_teacher(path: str) -> Model:
         raise CheckpointError(
             "there is no teacher to learn from", where="teacher", seen=path, fix="a run, a model, or a folder"
         )
-    model = read_model(folder)
-    if "x0" not in model.answers:
-        seen = f"a model that answers {', '.join(model.answers)}"
-        what, fix = "a teacher is asked for E[x0 | x_t]", "the model that this one was distilled from"
-        raise ConfigError(what, where="teacher", seen=seen, fix=fix)
-    return model.eval().requires_grad_(False)
+    return read_model(folder).eval().requires_grad_(False)
 
 
 def guidance_of(config: Config, teacher: Model) -> Guidance:

@@ -21,6 +21,7 @@ from sfumato.conditioners import Raw
 from sfumato.data.order import indices
 from sfumato.data.picture import Image
 from sfumato.errors import ConfigError
+from sfumato.metrics.energy import energy_score
 from sfumato.overlay import run_config, run_data
 from sfumato.paths import Path as NoisePath
 from sfumato.paths import log_snr
@@ -97,16 +98,6 @@ def best_levels(
                 of(b)
         found.append(min(known, key=lambda level: known[level]))
     return found
-
-
-def energy_score(drawn: Sequence[Tensor], truth: Tensor) -> float:
-    """Of two draws of each prompt, (N, ...) each, against a picture of it (N, ...): in root mean squares."""
-    one, two = drawn
-
-    def apart(x: Tensor, y: Tensor) -> Tensor:
-        return (x - y).flatten(1).square().mean(1).sqrt()
-
-    return float(((apart(one, truth) + apart(two, truth)) / 2 - apart(one, two) / 2).mean())
 
 
 def choose_times(
