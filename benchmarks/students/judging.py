@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sfumato import Pipeline
+from sfumato import Pipeline, load
 from sfumato.metrics.scenes import evaluate
 from sfumato.train.timing import timing
 from sfumato.tuning.model import examples, tune_model
@@ -71,9 +71,10 @@ def candidates(pipeline: Pipeline, run: Path, calls: int, seconds: float) -> lis
         if steps in pipeline.tuned:  # by `sfumato tune-sampler`
             found.append({**pipeline.tuned[steps], **how})
         if steps > 1 and seconds:
-            raw = pipeline.model.known(examples(run, TUNED))
+            whole = pipeline if pipeline.precision == "fp32" else load(run, pipeline.device)  # gradients need that
+            raw = whole.model.known(examples(run, TUNED))
             scale = 1.0 if guidance == 1.0 else None  # its own
-            slots = tune_model(pipeline, raw, steps, guidance=scale, iterations=400, seconds=seconds).settings()
+            slots = tune_model(whole, raw, steps, guidance=scale, iterations=400, seconds=seconds).settings()
             found.append({"sampler": slots["sampler"], "grid": slots["grid"], **how})
     return found
 

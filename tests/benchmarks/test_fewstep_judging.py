@@ -55,7 +55,7 @@ def pipeline(guidance: Any = 1.75, method: str | None = None, tuned: dict[int, A
     settings = Settings(sampler="ddim", grid={"kind": "logistic", "level": 1.5, "spread": 1.5}, guidance=guidance)
     facts = {"method": method, "images": 640, "teacher": "runs/quickstart"}
     model = SimpleNamespace(facts=facts, conditioner=SimpleNamespace(fields=("caption",)), known=lambda raw: raw)
-    return SimpleNamespace(settings=lambda: settings, model=model, tuned=tuned or {})
+    return SimpleNamespace(settings=lambda: settings, model=model, tuned=tuned or {}, precision="fp32")
 
 
 @pytest.fixture
@@ -84,6 +84,13 @@ def test_every_way_makes_as_many_calls(calls: int, tuning: list[tuple[int, Any]]
 
 def test_what_needs_no_guidance_is_not_tried_at_half_the_steps(tuning: list[tuple[int, Any]]) -> None:
     assert {way["steps"] for way in candidates(pipeline(1.0), Path("run"), 8, 0.0)} == {8}
+
+
+def test_a_model_in_half_precision_is_tuned_in_whole(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose weights cannot be asked for gradients; the sampler is then one of the half model's ways."""
+    monkeypatch.setattr(judging, "TUNED", 2)
+    found = candidates(load(tiny_run, "cpu", precision="bf16"), tiny_run, 2, 0.01)
+    assert [way["steps"] for way in found if is_tuned(way)] == [2]
 
 
 def test_samplers_that_were_tuned_before_are_tried() -> None:
