@@ -125,7 +125,7 @@ def build_options(method: str) -> set[str]:
         ("meanflow", "velocity", ["teacher=null", "start={velocity}", "objective.means=teacher"], "no teacher whose"),
         ("latent_consistency", "velocity", ["objective.boundary=10"], "counts the indices of a table of betas"),
         ("progressive", "velocity", ["objective.grid=karras"], "half of this grid's times"),
-        ("guidance", "velocity", ["teacher_guidance={kind: skip_layers, blocks: [0]}"], "no variants of its network"),
+        ("guidance", "velocity", ["teacher_guidance={kind: skip_layers, blocks: [9]}"], "no such block"),
         ("guidance", "velocity", ["teacher_guidance=cfg_plus_plus"], "no grid"),
         ("adversarial", "velocity", ["objective.heads.blocks=[9]"], "no such block"),
         ("guidance", "variance", [], "a student learns no variance"),

@@ -65,11 +65,15 @@ class Teacher:
         return self._by_rows(x_t, t)
 
     def check(self) -> None:
-        """ConfigError for a guidance by which no teacher can answer, samples and times as they come."""
+        """ConfigError for a guidance by which no teacher can answer, samples and times as they come, or for a variant
+        of the network that cannot be.
+        """
         guide = started(given(self.guidance, self.cond, self.null))
         x = torch.zeros(1, 1, 2, 2)
         for time in torch.linspace(1, 0, PROBES + 1)[:-1].tolist():
             asked = guide.branches(self.denoiser.path, time)
+            for name in {branch.variant for branch in asked}:
+                varied(self.denoiser, self.variants, name)
             combined(guide, self.denoiser.path, x, time, [x] * len(asked))
 
     def bound(self, guidance: Scale | None = None) -> Bound:

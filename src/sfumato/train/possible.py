@@ -5,6 +5,9 @@ itself (`sfumato.objectives.teaching.Suits`). A mismatch would else be met at th
 numbers that are not finite. What a schema can tell is refused earlier, with the other faults of a configuration.
 """
 
+from functools import cache, partial
+
+import torch
 from torch import nn
 
 from sfumato.catalogue import build
@@ -12,6 +15,7 @@ from sfumato.conditioners import silent
 from sfumato.config import Config
 from sfumato.denoiser import VARIANCE, Denoiser
 from sfumato.errors import ConfigError
+from sfumato.forwards import weaker
 from sfumato.model import Model
 from sfumato.names import spelled_out
 from sfumato.objectives.teaching import Suits, Teacher, Tells, check_said
@@ -64,8 +68,9 @@ def _check_teacher(config: Config, teacher: Model) -> None:
         begins = build(grid, "Grid")(path, config.pairs.steps)[0]
         check_said(teacher.denoiser, path, begins, "pairs.grid", "teacher")
     elif teacher.conditioner is not None:  # pairs are made along a grid, like samples, by any guidance
-        none = [silent({}, teacher.conditioner.kept)]
-        Teacher(teacher.denoiser, teacher.cond(none), lambda: teacher.cond(none), guidance_of(config, teacher)).check()
+        cond, guidance = teacher.cond([silent({}, teacher.conditioner.kept)]), guidance_of(config, teacher)
+        variants = cache(partial(weaker, teacher.denoiser, device=torch.device("cpu")))
+        Teacher(teacher.denoiser, cond, lambda: cond, guidance, variants=variants).check()
 
 
 def _speaking(config: Config) -> Denoiser:
