@@ -134,6 +134,7 @@ def of_student(pipeline: Pipeline, run: Path, how: Judging) -> dict[str, Any]:
         row[f"{calls} interval"] = [found["low"], found["high"]]
         row |= {f"{calls} {name}": found[name] for name in ("held out", "way", "won") if name in found}
         row |= {"metric": found["metric"]} if "metric" in found else {}
+    row |= {} if searched else {"recommended": pipeline.settings().steps}
     row |= {**how.facts(), "method": facts.get("method"), "images": facts.get("images")}
     return row | {name: facts[name] for name in ("teacher", "start") if name in facts} | taken(run)
 

@@ -10,7 +10,7 @@ from sfumato.data.sheet import sheet
 from sfumato.train.curves import Curve, plot
 from students.verdict import calls_of
 
-MEASURED = ("1", "2", "4")  # calls that `sfumato recipes` tells of, the last as the score
+MEASURED = ("1", "2", "4")  # calls that `sfumato recipes` tells of
 SHOWN = (
     "a large red circle",
     "a blue square and a yellow triangle",
@@ -99,12 +99,16 @@ def _took(row: Mapping[str, Any]) -> list[str]:
 
 
 def measured(row: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A student's row as `sfumato recipes` tells of it; None of no student, and of one not judged at those calls."""
+    """A student's row as `sfumato recipes` tells of it, its score that of the steps that it recommends, or of 4; None of
+    no student, and of one not judged at those calls.
+    """
     if row.get("method") is None or "metric" in row or any(calls not in row for calls in MEASURED):
         return None
-    low, high = row["4 interval"]
-    entry = {"score": row["4"], "steps": {calls: row[calls] for calls in MEASURED}, "low": low, "high": high}
-    hidden, on = row.get("4 held out", {}).get("overall"), row["trained_on"]
+    own = str(row.get("recommended", 4))
+    own = own if own in MEASURED else "4"
+    low, high = row[f"{own} interval"]
+    entry = {"score": row[own], "steps": {calls: row[calls] for calls in MEASURED}, "low": low, "high": high}
+    hidden, on = row.get(f"{own} held out", {}).get("overall"), row["trained_on"]
     of_machine = {**on["machine"], "threads": on["threads"]} if isinstance(on, dict) else on
     found = {"held_out": hidden, "seconds": row["seconds"], "images": row["images"], "machine": of_machine}
     return entry | {name: value for name, value in found.items() if value is not None}

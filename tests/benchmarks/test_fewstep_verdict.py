@@ -145,6 +145,9 @@ def test_recipes_are_told_of_students_alone() -> None:
         **{"score": 0.7, "steps": {"1": 0.3, "2": 0.5, "4": 0.7}, "low": 0.66, "high": 0.74},
         **{"held_out": 0.6, "seconds": 60.0},
     }
+    for_one = telling.measured(row | {"recommended": 1, "1 interval": [0.26, 0.34], "1 held out": score(0.2, 0.04)})
+    assert for_one is not None and [for_one[name] for name in ("score", "high", "held_out")] == [0.3, 0.34, 0.2]
+    assert telling.measured(row | {"recommended": 8}) == telling.measured(row)
     assert telling.measured(row | {"method": None}) is None
     assert telling.measured({name: value for name, value in row.items() if name != "2"}) is None
 
