@@ -99,7 +99,7 @@ def _took(row: Mapping[str, Any]) -> list[str]:
 
 
 def measured(row: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A student's row as `sfumato recipes` tells of it, its score that of the steps that it recommends, or of 4; None of
+    """A student's row as `sfumato recipes` tells of it, its score that of the steps it recommends, or of 4; None of
     no student, and of one not judged at those calls.
     """
     if row.get("method") is None or "metric" in row or any(calls not in row for calls in MEASURED):
