@@ -20,6 +20,8 @@ from sfumato.overlay import load_config, recipes, unchecked
         (["quickstart", "teacher=runs/nothing"], ["nothing to learn from a teacher", "latent_consistency"]),
         (["lcm", "teacher=runs/nothing"], ["no model to start from", "teacher", "runs/nothing"]),
         (["lcm", "student=runs/nothing"], ["no model to start from", "start", "runs/nothing"]),
+        (["lcm"], ["no model to start from", "runs/quickstart", "sfumato train quickstart, which makes it"]),
+        (["dmd2-four-steps"], ["runs/dmd2-two-steps", "sfumato distill dmd2-two-steps teacher=runs/quickstart, which"]),
         (["lcm", "teacher=null"], ["teacher is needed by the objective latent_consistency"]),
         (["lcm", "teacher_guidance=foo"], ["teacher_guidance is not known", "foo"]),
     ],

@@ -295,7 +295,7 @@ def test_a_teachers_guidance_is_its_own() -> None:
     taught, alone = (MeanFlow(means=means)(lesson, x0, COND, rng(2)) for means in (None, "data"))  # type: ignore[arg-type]
     assert torch.equal(alone.each, MeanFlow()(Lesson(student), x0, COND, rng(2)).each)
     assert not torch.allclose(taught.each, alone.each)
-    with pytest.raises(ConfigError, match="needs a teacher"):
+    with pytest.raises(ConfigError, match="no teacher whose means"):
         MeanFlow(means="teacher")(Lesson(student), x0, COND, rng(2))
 
 

@@ -137,7 +137,7 @@ def test_a_teacher_says_the_means_and_the_shortest_steps_of_its_own_rows() -> No
     swapped = {"label": COND["label"].flip(0)}
     with_others = replace(lesson, teacher=Teacher(labelled(2), swapped, lambda: NONE, Unguided(swapped)))
     assert not torch.allclose(said.each, method(with_others, x0, COND, rng(2)).each)
-    with pytest.raises(ConfigError, match="needs a teacher"):
+    with pytest.raises(ConfigError, match="no teacher whose means"):
         method(Lesson(student, slow=slow), x0, COND, rng(2))
 
 

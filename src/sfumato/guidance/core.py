@@ -181,27 +181,21 @@ def scales(path: Path, t: float) -> tuple[float, float]:
 
 def within(interval: Interval, path: Path, t: float) -> bool:
     """Whether the noise level sigma / alpha at t lies in (low, high]. Pure noise does only if there is no end."""
+    return bool(all_within(interval, path, torch.tensor(t, dtype=torch.float64)))
+
+
+def all_within(interval: Interval, path: Path, t: Tensor) -> Tensor:
+    """The same of each of the times (B,): booleans (B,)."""
     low, high = interval
-    if high is None or high == math.inf:
-        high = math.inf
-    alpha, sigma = scales(path, t)
-    return low * alpha < sigma <= high * alpha if alpha > 0 else high == math.inf
+    with torch.no_grad():
+        alpha, sigma = path.alpha(t), path.sigma(t)
+    above = low * alpha < sigma
+    return above if high is None or high == math.inf else above & (alpha > 0) & (sigma <= high * alpha)
 
 
 def log_snr_interval(low: float, high: float) -> Interval:
     """The interval of noise levels of one of log_snr, [low, high): the noise falls as log_snr rises."""
     return math.exp(-high / 2), math.exp(-low / 2)
-
-
-def rows_within(interval: Interval, path: Path, t: Tensor) -> Tensor:
-    """`within` of each of the times (B,): where it is so, (n,) on the CPU, in order. Waits for the device of t."""
-    low, high = interval
-    time = t.detach().cpu().double()
-    with torch.no_grad():
-        alpha, sigma = path.alpha(time), path.sigma(time)
-    endless = high is None or high == math.inf
-    under = torch.ones_like(time, dtype=torch.bool) if endless else (alpha > 0) & (sigma <= float(high or 0) * alpha)
-    return torch.nonzero(under & (low * alpha < sigma)).flatten()
 
 
 def check_interval(interval: Interval) -> None:

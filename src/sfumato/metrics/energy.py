@@ -6,7 +6,15 @@ distributions, picture by picture, and a model that draws blurs, or the same for
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+
+from sfumato.data.picture import Image
+
+
+def numbers(images: Image) -> Tensor:
+    """Pictures (N, H, W, C) of bytes as numbers in [-1, 1]."""
+    return torch.from_numpy(images).float() / 127.5 - 1
 
 
 def energy_scores(drawn: Sequence[Tensor], truth: Tensor) -> Tensor:

@@ -12,12 +12,9 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from sfumato.conditioners import Raw
 from sfumato.data.picture import Image
-from sfumato.metrics.energy import energy_scores
+from sfumato.metrics.energy import energy_scores, numbers
 from sfumato.metrics.intervals import ratio, told_mean
 from sfumato.metrics.scenes import evaluate
 from sfumato.pipeline import Pipeline, Progress
@@ -90,7 +87,7 @@ def _calls(calls: float) -> str:
 
 
 @contextmanager
-def silent(name: str) -> Iterator[Progress]:
+def unshown(name: str) -> Iterator[Progress]:
     """Shows nothing."""
     yield lambda done, total: None
 
@@ -119,7 +116,7 @@ def kept_of_scenes(
     few: Sequence[int] = FEW,
     seed: int = SEED,
     batch: int = 100,
-    showing: Showing = silent,
+    showing: Showing = unshown,
     of: str = "its teacher",
 ) -> Kept:
     """By the scenes suite, on `per_task` prompts of each task. Raises as `sfumato.metrics.scenes.evaluate` does."""
@@ -156,7 +153,7 @@ def kept_of_pictures(
     few: Sequence[int] = FEW,
     seed: int = SEED,
     batch: int = 32,
-    showing: Showing = silent,
+    showing: Showing = unshown,
     of: str = "its teacher",
 ) -> Kept:
     """By the energy score against the teacher's pictures for some raw conditions, two draws of each: lower is nearer.
@@ -172,13 +169,13 @@ def kept_of_pictures(
             seeds = [seed * 1_000_003 + first * n + i for i in range(n)]
             return pipeline.sample(said, seeds=seeds, size=size, batch=batch, progress=progress, **settings).images
 
-    truth = _numbers(draw(teacher, 2, of))
+    truth = numbers(draw(teacher, 2, of))
 
     def way(pipeline: Pipeline, who: str, **settings: Any) -> Way:
         steps = int(pipeline.settings(**settings).steps)
         name = f"{who}, {steps}"
         with counted(pipeline) as rows:
-            drawn = [_numbers(draw(pipeline, k, name, **settings)) for k in range(2)]
+            drawn = [numbers(draw(pipeline, k, name, **settings)) for k in range(2)]
         told = told_mean(energy_scores(drawn, truth).tolist())
         mean = told["mean"]
         return Way(steps, round(sum(rows) / (2 * n), 2), mean, told.get("low", mean), told.get("high", mean))
@@ -198,7 +195,3 @@ def _equal(teacher: Way, calls: float) -> dict[str, Any]:
     """Settings by which a teacher makes as many calls, at most: where a guided step is too many, unguided ones."""
     steps = int(calls / (teacher.calls / teacher.steps))
     return {"steps": steps} if steps else {"steps": max(1, round(calls)), "guidance": 1.0}
-
-
-def _numbers(images: Image) -> Tensor:
-    return torch.from_numpy(images).float() / 127.5 - 1

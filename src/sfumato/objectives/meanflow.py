@@ -22,10 +22,11 @@ from torch.func import functional_call
 from sfumato.denoiser import JUMP, Cond, Denoiser, joined
 from sfumato.derivatives import along_direction, widened
 from sfumato.errors import ConfigError
+from sfumato.guidance import all_within
 from sfumato.guidance.core import Interval
 from sfumato.objectives.denoising import Loss
 from sfumato.objectives.draws import beside, noise_like
-from sfumato.objectives.teaching import Lesson
+from sfumato.objectives.teaching import Lesson, Teacher
 from sfumato.paths import Path, along, noised
 from sfumato.predictions import VELOCITY, Prediction
 from sfumato.times import Density, LogitNormal
@@ -118,7 +119,7 @@ class MeanFlow:
         own, silent = lesson.student(*rows, to="x0").chunk(2)
         omega = self.guidance * (1 - self.kappa)
         guided = omega * x0 + (1 - omega - self.kappa) * silent + self.kappa * own
-        return torch.where(along(inside(self.interval, lesson.path, t), x0), guided, x0)
+        return torch.where(along(all_within(self.interval, lesson.path, t), x0), guided, x0)
 
     def _check_guidance(self) -> None:
         if self.guidance != 1:
@@ -216,7 +217,7 @@ class ImprovedMeanFlow:
         null = {**lesson.null(), "guidance": scale}
         rows = torch.cat([x_t, x_t]), torch.cat([t, t]), joined([cond, null])
         own, silent = self._own(lesson, *rows).chunk(2)
-        less = torch.where(inside(self.interval, lesson.path, t), 1 - 1 / scale, 0.0)
+        less = torch.where(all_within(self.interval, lesson.path, t), 1 - 1 / scale, 0.0)
         return x0 + along(less, x0) * (own - silent)
 
 
@@ -327,23 +328,15 @@ def weighed(
 
 def taught(lesson: Lesson, means: Means | None) -> bool:
     """Whether E[x0 | x_t] is the teacher's."""
-    return lesson.teacher is not None if means is None else means == "teacher"
+    return checked_means(means, lesson.teacher)
 
 
-def checked_means(means: Means | None, teacher: Denoiser | None) -> bool:
+def checked_means(means: Means | None, teacher: Denoiser | Teacher | None) -> bool:
     """Whether E[x0 | x_t] is the teacher's. ConfigError where it should be, and there is none."""
     if means == "teacher" and teacher is None:
         fix = "objective.means=data, or teacher=runs/quickstart"
         raise ConfigError("there is no teacher whose means to learn", where="objective.means", seen="teacher", fix=fix)
     return teacher is not None if means is None else means == "teacher"
-
-
-def inside(interval: Interval, path: Path, t: Tensor) -> Tensor:
-    """Whether noise levels sigma / alpha lie in (low, high]: (B,)."""
-    low, high = interval
-    alpha, sigma = path.alpha(t), path.sigma(t)
-    found = sigma > low * alpha
-    return found if high is None or high == math.inf else found & (sigma <= high * alpha)
 
 
 def some(cond: Cond, rows: slice) -> Cond:

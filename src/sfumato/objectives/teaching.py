@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 
 from sfumato.denoiser import Bound, Cond, Denoiser, joined, times_like, translated
 from sfumato.errors import ConfigError
-from sfumato.guidance import CFG, Guidance, Unguided, Variants, combined, given, rows_within, started, varied
+from sfumato.guidance import CFG, Guidance, Unguided, Variants, all_within, combined, given, started, varied
 from sfumato.guidance.core import ALWAYS, Interval
 from sfumato.paths import Path, log_snr
 
@@ -86,7 +86,10 @@ class Teacher:
             plain: Tensor = self.denoiser(x_t, t, self.cond)
             return plain
         if interval != ALWAYS:
-            return self._by_interval(x_t, t, scale, rows_within(interval, self.denoiser.path, t).to(x_t.device))
+            on = all_within(
+                interval, self.denoiser.path, t.cpu().double()
+            )  # as samplers decide, whose times are floats
+            return self._by_interval(x_t, t, scale, on.nonzero()[:, 0].to(x_t.device))
         rows, times = torch.cat([x_t, x_t]), torch.cat([t, t])
         said, silent = self.denoiser(rows, times, joined([self.cond, self.null()])).chunk(2)
         return _guided(said, silent, scale)

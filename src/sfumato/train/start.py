@@ -17,6 +17,7 @@ from sfumato.errors import CheckpointError
 from sfumato.io.fill import fill_weights, unfilled
 from sfumato.io.models import model_folder, read_model
 from sfumato.model import Model, build_model
+from sfumato.overlay import load_config, recipes
 
 FOLDER = "start"  # of a run that trains an adapter: the model that is changed
 
@@ -37,11 +38,19 @@ def read_start(path: str | Path, key: str = "start") -> Start:
     """
     folder = model_folder(path)
     if not folder.exists():
-        raise CheckpointError(
-            "there is no model to start from", where=key, seen=str(path), fix="a run, a model, or a folder"
-        )
+        raise CheckpointError("there is no model to start from", where=key, seen=str(path), fix=way_to(path))
     model = read_model(folder)
     return Start(model.spec, model.weights(), model.files(), str(path))
+
+
+def way_to(path: str | Path) -> str:
+    """What to do where a model is not there: where it is a recipe's run, how that is made."""
+    name = Path(path).name
+    if Path(path) != Path("runs") / name or name not in {one.name for one in recipes()}:
+        return "a run, a model, or a folder"
+    teacher = load_config(name).config.teacher
+    made = f"sfumato train {name}" if teacher is None else f"sfumato distill {name} teacher={teacher}"
+    return f"{made}, which makes it; or another model"
 
 
 def with_start(config: Config, start: Start) -> Config:

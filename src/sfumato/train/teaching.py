@@ -27,7 +27,7 @@ from sfumato.objectives.teaching import Follows, Judges, Lesson, Teacher, Tells
 from sfumato.registry import options_of, target_of
 from sfumato.settings import Settings
 from sfumato.train.keys import key
-from sfumato.train.start import Start
+from sfumato.train.start import Start, way_to
 
 BOUNDARY = 0.03  # the noise level below which a student that predicts x0 is given x itself
 SLOW, CRITIC = "slow", "critic"  # the parts beside a student's own
@@ -231,9 +231,7 @@ def read_teacher(path: str) -> Model:
     """A frozen model to learn from: of a run, a model directory, a folder of diffusers or a file."""
     folder = model_folder(path)
     if not folder.exists():
-        raise CheckpointError(
-            "there is no teacher to learn from", where="teacher", seen=path, fix="a run, a model, or a folder"
-        )
+        raise CheckpointError("there is no teacher to learn from", where="teacher", seen=path, fix=way_to(path))
     return read_model(folder).eval().requires_grad_(False)
 
 

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sfumato.catalogue import SAMPLERS, build
 from sfumato.conditioners import Raw
 from sfumato.data.order import indices
 from sfumato.data.picture import Image
 from sfumato.errors import ConfigError
-from sfumato.metrics.energy import energy_score
+from sfumato.metrics.energy import energy_score, numbers
 from sfumato.overlay import run_config, run_data
 from sfumato.paths import Path as NoisePath
 from sfumato.paths import log_snr
@@ -119,7 +118,7 @@ def choose_times(
     settings = pipeline.settings(steps=n)
     path = pipeline.model.denoiser.path
     own: list[float] = build(settings.grid, "Grid")(path, n).tolist()
-    pictures = _numbers(truth)
+    pictures = numbers(truth)
 
     def score(times: Sequence[float], seed: int = seed) -> float:
         grid = {"kind": "explicit", "times": list(times)}
@@ -129,7 +128,7 @@ def choose_times(
             said = pipeline.sample(
                 prompts, seeds=seeds, steps=len(times) - 1, sampler=settings.sampler, grid=grid, batch=batch
             )
-            drawn.append(_numbers(said.images))
+            drawn.append(numbers(said.images))
         return energy_score(drawn, pictures)
 
     def times_of(levels: Sequence[float]) -> list[float]:
@@ -180,7 +179,3 @@ def _slot(sampler: str | Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _log_level(path: NoisePath, t: float) -> float:
     return -float(log_snr(path, torch.tensor(t, dtype=torch.float64))) / 2
-
-
-def _numbers(images: Image) -> Tensor:
-    return torch.from_numpy(images).float() / 127.5 - 1
