@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from sfumato.paths import along
+
 _taken = 0  # how many derivatives are being taken
 
 
@@ -46,8 +48,21 @@ def along_direction(
     gradients to the weights where those are recorded: detach what shall have none. Autocast is off inside: what fn
     takes from elsewhere must not be in half precision, see `widened`.
     """
-    wide = [one.to(torch.promote_types(one.dtype, torch.float32)) for one in at]
-    along = [one.to(two.dtype) for one, two in zip(direction, wide, strict=True)]
+    wide = [one.to(torch.promote_types(one.dtype, torch.float32)).contiguous() for one in at]
+    ways = [one.to(two.dtype) for one, two in zip(direction, wide, strict=True)]
     with torch.autocast(wide[0].device.type, enabled=False), taking():
-        both = torch.func.jvp(fn, tuple(wide), tuple(along))
+        both = torch.func.jvp(fn, tuple(wide), tuple(ways))
     return both[0], both[1]
+
+
+def across(
+    fn: Callable[[Tensor, Tensor], Tensor], x_t: Tensor, t: Tensor, velocity: Tensor, down: Tensor, up: Tensor
+) -> Tensor:
+    """How fn(x_t, t) changes by time, as a difference between times t - down and t + up (B,): like fn's answer.
+
+    For networks whose answers have ripples in time, see `MeanFlow`. velocity: of x_t (B, ...), by time. Autocast is off
+    inside, as in `along_direction`.
+    """
+    with torch.autocast(x_t.device.type, enabled=False):
+        above, below = (fn(x_t + along(by, x_t) * velocity, t + by) for by in (up, -down))
+    return (above - below) / along((up + down).clamp(min=1e-6), x_t)

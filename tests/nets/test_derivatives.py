@@ -39,3 +39,15 @@ def test_of_stable_diffusions_network() -> None:
 def test_of_the_network_of_consistency_models() -> None:
     x, t, label = test_pixel_unet.told()
     checked(test_pixel_unet.made(), x, t, {"label": label})
+
+
+def test_pictures_may_lie_in_memory_as_they_like() -> None:
+    net = made("unet")
+    x, t = inputs()
+    dx, dt = normal(*x.shape, seed=7), torch.ones_like(t)
+    cond = conditions(CONFIGS["unet"])
+
+    def slope(*at: Tensor) -> Tensor:
+        return along_direction(lambda x, t: net(x, t, **cond), at, (dx, dt))[1]
+
+    torch.testing.assert_close(slope(x.to(memory_format=torch.channels_last), t), slope(x, t))

@@ -1,6 +1,7 @@
 """Continuous consistency: the tangent is 0 at the exact ends, is the paper's in TrigFlow, and rises and is tamed."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -42,6 +43,24 @@ def test_the_tangent_is_zero_at_the_exact_ends(path: Path, prediction: Predictio
     assert float(tangent.abs().max()) < 1e-9
     wrong = lesson(knows(lambda x, t: exact.x0(path, x, t), path, prediction), teacher_of(exact, path))
     assert float(ContinuousConsistency().tangent_of(wrong, x_t, t, x0, eps).abs().max()) > 1e-2
+
+
+@paths
+def test_a_difference_is_near_the_tangent_and_blind_to_ripples(path: Path) -> None:
+    exact = gaussian_like((4, 3))
+    x_t, t, x0, eps = states(path, exact)
+
+    def rippled(x: Tensor, t: Tensor) -> Tensor:
+        return exact.flow(path, x, t, 0.0) + 1e-3 * torch.sin(2e3 * along(t, x))
+
+    def largest(end: Callable[[Tensor, Tensor], Tensor], difference: float) -> float:
+        objective = ContinuousConsistency(difference=difference)
+        taught = lesson(knows(end, path), teacher_of(exact, path))
+        return float(objective.tangent_of(taught, x_t, t, x0, eps).abs().max())
+
+    assert largest(lambda x, t: exact.flow(path, x, t, 0.0), 1e-4) < 5e-3  # a table has corners
+    assert largest(lambda x, t: exact.x0(path, x, t), 1e-4) > 1e-2
+    assert largest(rippled, 0.02) < largest(rippled, 0.0) / 10
 
 
 @predictions

@@ -216,7 +216,7 @@ def _straightness(
     said = ["|dz/dt - (z1 - z0)|^2"] if alone else list(names)
     curves = [Curve(name, one["curve"]["t"], one["curve"]["error"]) for name, one in zip(said, each, strict=True)]
     title = own if alone else "straightness: |dz/dt - (z1 - z0)|^2"
-    plot(place / "straightness.png", title, curves, "time (0 data, 1 noise)")
+    plot(place / "straightness.png", title, curves, "time (0 data, 1 noise)", log_y=True)  # most of it is at the ends
     more = {} if against is None else {"against": {"run": str(against), **each[1]}}
     _kept({**each[0], **more}, place / "straightness.json", json)
     for name, one in [] if json else zip(names, each, strict=True):

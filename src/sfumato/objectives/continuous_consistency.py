@@ -15,9 +15,10 @@ import torch
 from torch import Generator, Tensor, nn
 
 from sfumato.denoiser import Cond, Denoiser
-from sfumato.derivatives import along_direction, widened
+from sfumato.derivatives import across, along_direction, widened
 from sfumato.errors import ConfigError
 from sfumato.objectives.consistency import same_chance
+from sfumato.objectives.critics import check_shares
 from sfumato.objectives.denoising import Denoising, Loss
 from sfumato.objectives.draws import noise_like, times_for
 from sfumato.objectives.teaching import Lesson
@@ -35,7 +36,8 @@ class ContinuousConsistency:
     of what is hard to learn in the tangent, rises to 1. tangent: "normalised" is g / (|g| + c) for its root mean square
     |g| over a sample; "clipped" to [-1, 1]; "raw". weight: of the error of F, `EDM(sigma_data)` is 1; by_level: also
     divided by the noise level, as in the paper. adaptive: also divided by what the error at such a time is, as a small
-    network beside the student learns (Karras et al. 2024, eq. 22).
+    network beside the student learns (Karras et al. 2024, eq. 22). difference: as of `MeanFlow`, since the paper's
+    networks are told the time smoothly.
     """
 
     times: Density = LogNormal(-1.0, 1.4)
@@ -46,6 +48,7 @@ class ContinuousConsistency:
     weight: Weight = EDM()
     by_level: bool = True
     adaptive: bool = True
+    difference: float = 0.0
 
     def __post_init__(self) -> None:
         if self.tangent not in ("normalised", "clipped", "raw"):
@@ -53,6 +56,7 @@ class ContinuousConsistency:
             raise ConfigError("no such tangent", where="objective.tangent", seen=repr(self.tangent), fix=fix)
         if not self.sigma_data > 0:
             raise ConfigError("data has a spread", where="objective.sigma_data", seen=f"{self.sigma_data:g}", fix="0.5")
+        check_shares(self, "difference")
 
     def critic(self, denoiser: Denoiser) -> nn.Module:
         return Uncertainty() if self.adaptive else nn.Identity()
@@ -85,15 +89,32 @@ class ContinuousConsistency:
         if lesson.teacher is not None:
             x0 = lesson.teacher(x_t, t)
             eps = (x_t - along(path.alpha(t), x_t) * x0) / along(path.sigma(t), x_t)
-        rate = by_log_level(path, t)
         alpha_rate, sigma_rate = (along(one, x_t) for one in path.rates(t))
-        along_flow = along(rate, x_t) * (alpha_rate * x0 + sigma_rate * eps)
-        wide = widened(cond)
-        with same_chance(x_t.device):
-            end, change = along_direction(lambda x, at: lesson.student(x, at, wide), (x_t, t), (along_flow, rate))
+        end, change = self._changing(lesson.student, x_t, t, alpha_rate * x0 + sigma_rate * eps, cond)
         theta = along(torch.atan2(path.sigma(t), path.alpha(t) * self.sigma_data), x_t)
         easy = theta.cos() ** 2 * (end - x0)
         return (easy + self.risen(lesson) * (change - easy)) / theta.sin()
+
+    def _changing(
+        self, student: Denoiser, x_t: Tensor, t: Tensor, velocity: Tensor, cond: Cond | None
+    ) -> tuple[Tensor, Tensor]:
+        """Where the flow ends from x_t, and how that changes along it, by the log noise level: both like x_t.
+
+        velocity: of x_t, by time.
+        """
+        wide, rate = widened(cond), by_log_level(student.path, t)
+
+        def end_of(x: Tensor, at: Tensor) -> Tensor:
+            with same_chance(x.device):
+                said: Tensor = student(x, at, wide)
+            return said
+
+        if self.difference == 0:
+            return along_direction(end_of, (x_t, t), (along(rate, x_t) * velocity, rate))
+        with torch.autocast(x_t.device.type, enabled=False):
+            end = end_of(x_t, t)
+        down, up = (t / 2).clamp(max=self.difference), (1 - t).clamp(max=self.difference)  # never asked at the data
+        return end, along(rate, x_t) * across(end_of, x_t, t, velocity, down, up)
 
     def risen(self, lesson: Lesson) -> float:
         """r, which rises to 1 over the first steps."""

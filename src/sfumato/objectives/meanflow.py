@@ -20,7 +20,7 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
 from sfumato.denoiser import JUMP, Cond, Denoiser, joined
-from sfumato.derivatives import along_direction, widened
+from sfumato.derivatives import across, along_direction, widened
 from sfumato.errors import ConfigError
 from sfumato.guidance import all_within
 from sfumato.guidance.core import Interval
@@ -305,10 +305,8 @@ def change(
 
     if difference == 0:
         return along_direction(answer, (x_t, t), (velocity, torch.ones_like(t)))[1]
-    up, down = (1 - t).clamp(max=difference), (t - until).clamp(max=difference)
-    with torch.autocast(x_t.device.type, enabled=False):
-        above, below = (answer(x_t + along(by, x_t) * velocity, t + by) for by in (up, -down))
-    return (above - below) / along((up + down).clamp(min=1e-6), x_t)
+    down, up = (t - until).clamp(max=difference), (1 - t).clamp(max=difference)
+    return across(answer, x_t, t, velocity, down, up)
 
 
 def weighed(
