@@ -58,9 +58,9 @@ def test_a_difference_is_near_the_tangent_and_blind_to_ripples(path: Path) -> No
         taught = lesson(knows(end, path), teacher_of(exact, path))
         return float(objective.tangent_of(taught, x_t, t, x0, eps).abs().max())
 
-    assert largest(lambda x, t: exact.flow(path, x, t, 0.0), 1e-4) < 5e-3  # a table has corners
-    assert largest(lambda x, t: exact.x0(path, x, t), 1e-4) > 1e-2
-    assert largest(rippled, 0.02) < largest(rippled, 0.0) / 10
+    assert largest(lambda x, t: exact.flow(path, x, t, 0.0), 1e-3) < 5e-3  # a table has corners
+    assert largest(lambda x, t: exact.x0(path, x, t), 1e-3) > 1e-2
+    assert largest(rippled, 0.2) < largest(rippled, 0.0) / 10
 
 
 @predictions

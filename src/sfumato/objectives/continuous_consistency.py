@@ -36,8 +36,9 @@ class ContinuousConsistency:
     of what is hard to learn in the tangent, rises to 1. tangent: "normalised" is g / (|g| + c) for its root mean square
     |g| over a sample; "clipped" to [-1, 1]; "raw". weight: of the error of F, `EDM(sigma_data)` is 1; by_level: also
     divided by the noise level, as in the paper. adaptive: also divided by what the error at such a time is, as a small
-    network beside the student learns (Karras et al. 2024, eq. 22). difference: as of `MeanFlow`, since the paper's
-    networks are told the time smoothly.
+    network beside the student learns (Karras et al. 2024, eq. 22). difference: 0 takes the derivative itself, which
+    needs a network that is told the time smoothly, as the paper's; else it is a central difference over so much log
+    noise level to both sides, see `MeanFlow`.
     """
 
     times: Density = LogNormal(-1.0, 1.4)
@@ -113,7 +114,8 @@ class ContinuousConsistency:
             return along_direction(end_of, (x_t, t), (along(rate, x_t) * velocity, rate))
         with torch.autocast(x_t.device.type, enabled=False):
             end = end_of(x_t, t)
-        down, up = (t / 2).clamp(max=self.difference), (1 - t).clamp(max=self.difference)  # never asked at the data
+        far = self.difference * rate
+        down, up = torch.minimum(far, t / 2), torch.minimum(far, 1 - t)  # never asked at the data
         return end, along(rate, x_t) * across(end_of, x_t, t, velocity, down, up)
 
     def risen(self, lesson: Lesson) -> float:
