@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from commands import QUICK, Command, told
 from PIL import Image as Pillow
@@ -166,8 +167,8 @@ def test_straightness_beside_another(sfumato: Command, run: Path) -> None:
     assert {**pair.data, "seconds": 0, "against": 0} == {**alone, "seconds": 0, "against": 0}
     assert beside["straightness"]["mean"] > 0 and beside["curve"] != alone["curve"]
     assert json.loads((run / "eval" / "straightness.json").read_text()) == pair.data
-    drawn = Pillow.open(run / "eval" / "straightness.png").convert("RGB")
-    assert {COLOURS[0], COLOURS[1]} <= {colour for _, colour in drawn.getcolors(10**6) or []}
+    drawn = np.asarray(Pillow.open(run / "eval" / "straightness.png").convert("RGB")).astype(int)
+    assert all(abs(drawn - colour).max(axis=2).min() < 40 for colour in COLOURS[:2])
     shutil.copytree("runs/other", "elsewhere/tiny")
     for where, names in (("runs/other", ["tiny", "other"]), ("elsewhere/tiny", ["runs/tiny", "elsewhere/tiny"])):
         lines = [line for line in sfumato(*straight, "--against", where).out.splitlines() if line]
