@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from sfumato.devices import same_chance
 from sfumato.paths import along
 
 _taken = 0  # how many derivatives are being taken
@@ -49,7 +50,7 @@ def along_direction(
     takes from elsewhere must not be in half precision, see `widened`.
     """
     wide = [one.to(torch.promote_types(one.dtype, torch.float32)).contiguous() for one in at]
-    ways = [one.to(two.dtype) for one, two in zip(direction, wide, strict=True)]
+    ways = [one.to(two.dtype).contiguous() for one, two in zip(direction, wide, strict=True)]
     with torch.autocast(wide[0].device.type, enabled=False), taking():
         both = torch.func.jvp(fn, tuple(wide), tuple(ways))
     return both[0], both[1]
@@ -61,8 +62,11 @@ def across(
     """How fn(x_t, t) changes by time, as a difference between times t - down and t + up (B,): like fn's answer.
 
     For networks whose answers have ripples in time, see `MeanFlow`. velocity: of x_t (B, ...), by time. Autocast is off
-    inside, as in `along_direction`.
+    inside, as in `along_direction`. What the network drops at random it drops for both, and once more after this.
     """
-    with torch.autocast(x_t.device.type, enabled=False):
-        above, below = (fn(x_t + along(by, x_t) * velocity, t + by) for by in (up, -down))
-    return (above - below) / along((up + down).clamp(min=1e-6), x_t)
+
+    def asked(by: Tensor) -> Tensor:
+        with same_chance(x_t.device), torch.autocast(x_t.device.type, enabled=False):
+            return fn(x_t + along(by, x_t) * velocity, t + by)
+
+    return (asked(up) - asked(-down)) / along((up + down).clamp(min=1e-6), x_t)

@@ -7,7 +7,7 @@ import torch
 from tiny import CONFIGS, conditions, inputs, made, normal
 from torch import Tensor, nn
 
-from sfumato.derivatives import along_direction
+from sfumato.derivatives import across, along_direction
 
 
 def checked(net: nn.Module, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> None:
@@ -47,7 +47,27 @@ def test_pictures_may_lie_in_memory_as_they_like() -> None:
     dx, dt = normal(*x.shape, seed=7), torch.ones_like(t)
     cond = conditions(CONFIGS["unet"])
 
-    def slope(*at: Tensor) -> Tensor:
-        return along_direction(lambda x, t: net(x, t, **cond), at, (dx, dt))[1]
+    def slope(x: Tensor, dx: Tensor) -> Tensor:
+        return along_direction(lambda x, t: net(x, t, **cond), (x, t), (dx, dt))[1]
 
-    torch.testing.assert_close(slope(x.to(memory_format=torch.channels_last), t), slope(x, t))
+    as_shown, as_made = slope(x, dx), {"memory_format": torch.channels_last}
+    torch.testing.assert_close(slope(x.to(**as_made), dx), as_shown)
+    torch.testing.assert_close(slope(x, dx.to(**as_made)), as_shown)
+
+
+def test_a_difference_is_the_derivative_and_both_of_its_ends_drop_the_same() -> None:
+    x, t = normal(3, 4, seed=1), torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    velocity, far = normal(3, 4, seed=2), torch.full((3,), 1e-4, dtype=torch.float64)
+    found = across(lambda x, t: x.sin() * t[:, None], x, t, velocity, far, far)
+    torch.testing.assert_close(found, x.cos() * velocity * t[:, None] + x.sin(), rtol=1e-6, atol=1e-7)
+    uneven = across(lambda x, t: x * t[:, None], x, t, torch.zeros_like(x), 0 * far, far)
+    torch.testing.assert_close(uneven, x)
+
+    def dropped(x: Tensor, t: Tensor) -> Tensor:
+        return torch.nn.functional.dropout(torch.ones_like(x), 0.5)
+
+    torch.manual_seed(0)
+    assert not across(dropped, x, t, velocity, far, far).any()
+    after = dropped(x, t)
+    torch.manual_seed(0)
+    assert torch.equal(after, dropped(x, t))  # and whoever is asked next drops it, too

@@ -8,8 +8,6 @@ path will do; and the boundary is held by the target, so any prediction will do,
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from sfumato.denoiser import Cond, Denoiser
+from sfumato.devices import same_chance
 from sfumato.errors import ConfigError
 from sfumato.grids import Grid, karras
 from sfumato.objectives.denoising import Loss
@@ -164,13 +163,6 @@ def noised_twice(
     t, s = (beside(x0, one) for one in (t, s))
     eps = noise_like(x0, rng)
     return noised(path, x0, eps, t).to(x0.dtype), t, noised(path, x0, eps, s).to(x0.dtype), s
-
-
-@contextmanager
-def same_chance(device: torch.device) -> Iterator[None]:
-    """What a network drops at random inside, it will drop again after it."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
 
 
 @torch.no_grad()

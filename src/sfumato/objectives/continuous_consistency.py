@@ -16,8 +16,8 @@ from torch import Generator, Tensor, nn
 
 from sfumato.denoiser import Cond, Denoiser
 from sfumato.derivatives import across, along_direction, widened
+from sfumato.devices import same_chance
 from sfumato.errors import ConfigError
-from sfumato.objectives.consistency import same_chance
 from sfumato.objectives.critics import check_shares
 from sfumato.objectives.denoising import Denoising, Loss
 from sfumato.objectives.draws import noise_like, times_for
@@ -105,18 +105,18 @@ class ContinuousConsistency:
         """
         wide, rate = widened(cond), by_log_level(student.path, t)
 
-        def end_of(x: Tensor, at: Tensor) -> Tensor:
-            with same_chance(x.device):
-                said: Tensor = student(x, at, wide)
+        def answer(x: Tensor, at: Tensor) -> Tensor:
+            said: Tensor = student(x, at, wide)
             return said
 
         if self.difference == 0:
-            return along_direction(end_of, (x_t, t), (along(rate, x_t) * velocity, rate))
-        with torch.autocast(x_t.device.type, enabled=False):
-            end = end_of(x_t, t)
+            with same_chance(x_t.device):
+                return along_direction(answer, (x_t, t), (along(rate, x_t) * velocity, rate))
+        with same_chance(x_t.device), torch.autocast(x_t.device.type, enabled=False):
+            end = answer(x_t, t)
         far = self.difference * rate
         down, up = torch.minimum(far, t / 2), torch.minimum(far, 1 - t)  # never asked at the data
-        return end, along(rate, x_t) * across(end_of, x_t, t, velocity, down, up)
+        return end, along(rate, x_t) * across(answer, x_t, t, velocity, down, up)
 
     def risen(self, lesson: Lesson) -> float:
         """r, which rises to 1 over the first steps."""

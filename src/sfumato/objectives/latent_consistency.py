@@ -14,10 +14,9 @@ import torch
 from torch import Generator, Tensor
 
 from sfumato.denoiser import Cond, Denoiser
-from sfumato.devices import moved
+from sfumato.devices import moved, same_chance
 from sfumato.errors import ConfigError
 from sfumato.grids import Grid, trailing
-from sfumato.objectives.consistency import same_chance
 from sfumato.objectives.denoising import Loss
 from sfumato.objectives.draws import beside, noise_like
 from sfumato.objectives.teaching import Lesson, check_said, checked_scales, drawn_scales

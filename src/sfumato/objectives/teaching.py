@@ -86,9 +86,7 @@ class Teacher:
             plain: Tensor = self.denoiser(x_t, t, self.cond)
             return plain
         if interval != ALWAYS:
-            on = all_within(
-                interval, self.denoiser.path, t.cpu().double()
-            )  # as samplers decide, whose times are floats
+            on = all_within(interval, self.denoiser.path, t.cpu().double())  # samplers' times are floats, too
             return self._by_interval(x_t, t, scale, on.nonzero()[:, 0].to(x_t.device))
         rows, times = torch.cat([x_t, x_t]), torch.cat([t, t])
         said, silent = self.denoiser(rows, times, joined([self.cond, self.null()])).chunk(2)
