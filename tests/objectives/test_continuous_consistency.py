@@ -222,3 +222,6 @@ def test_what_cannot_be_is_refused() -> None:
         ContinuousConsistency(tangent="long")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="spread"):
         ContinuousConsistency(sigma_data=0.0)
+    with pytest.raises(ConfigError, match="difference is not negative") as refused:
+        ContinuousConsistency(difference=-0.1)
+    assert refused.value.fix == "objective.difference=0"

@@ -19,7 +19,7 @@ from sfumato.objectives.critics import (
     Heads,
     Listening,
     check_counts,
-    check_shares,
+    check_not_negative,
     check_times,
     detached,
     drawn_which,
@@ -58,7 +58,7 @@ class Adversarial:
 
     def __post_init__(self) -> None:
         check_times(self.at)
-        check_shares(self, "distillation", "adversarial", "r1", "warmup")
+        check_not_negative(self, "distillation", "adversarial", "r1", "warmup")
         check_counts(self, "flow")
 
     def suits(self, student: Denoiser, teacher: Denoiser | None) -> None:

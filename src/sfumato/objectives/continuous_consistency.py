@@ -18,7 +18,7 @@ from sfumato.denoiser import Cond, Denoiser
 from sfumato.derivatives import across, along_direction, widened
 from sfumato.devices import same_chance
 from sfumato.errors import ConfigError
-from sfumato.objectives.critics import check_shares
+from sfumato.objectives.critics import check_not_negative
 from sfumato.objectives.denoising import Denoising, Loss
 from sfumato.objectives.draws import noise_like, times_for
 from sfumato.objectives.teaching import Lesson
@@ -57,7 +57,7 @@ class ContinuousConsistency:
             raise ConfigError("no such tangent", where="objective.tangent", seen=repr(self.tangent), fix=fix)
         if not self.sigma_data > 0:
             raise ConfigError("data has a spread", where="objective.sigma_data", seen=f"{self.sigma_data:g}", fix="0.5")
-        check_shares(self, "difference")
+        check_not_negative(self, "difference")
 
     def critic(self, denoiser: Denoiser) -> nn.Module:
         return Uncertainty() if self.adaptive else nn.Identity()

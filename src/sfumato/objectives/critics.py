@@ -54,20 +54,20 @@ def check_times(at: tuple[float, ...]) -> None:
         raise ConfigError("a student's times fall from 1", where="objective.at", seen=str(list(at)), fix=fix)
 
 
-def check_shares(objective: object, *names: str) -> None:
-    """ConfigError for weights that are negative."""
+def check_not_negative(objective: object, *names: str) -> None:
+    """ConfigError for numbers below zero."""
     for name in names:
         if not getattr(objective, name) >= 0:
-            seen = str(getattr(objective, name))
-            raise ConfigError(f"{name} is not negative", where=f"objective.{name}", seen=seen)
+            where, seen = f"objective.{name}", str(getattr(objective, name))
+            raise ConfigError(f"{name} is not negative", where=where, seen=seen, fix=f"{where}=0")
 
 
 def check_counts(objective: object, *names: str) -> None:
     """ConfigError for numbers below one."""
     for name in names:
         if getattr(objective, name) < 1:
-            seen = str(getattr(objective, name))
-            raise ConfigError(f"{name} is at least 1", where=f"objective.{name}", seen=seen)
+            where, seen = f"objective.{name}", str(getattr(objective, name))
+            raise ConfigError(f"{name} is at least 1", where=where, seen=seen, fix=f"{where}=1")
 
 
 def detached(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:

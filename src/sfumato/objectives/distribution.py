@@ -23,7 +23,7 @@ from sfumato.objectives.critics import (
     Heads,
     Listening,
     check_counts,
-    check_shares,
+    check_not_negative,
     check_times,
     detached,
     drawn_which,
@@ -101,7 +101,7 @@ class DistributionMatching:
 
     def __post_init__(self) -> None:
         check_times(self.at)
-        check_shares(self, "adversarial", "contest", "warmup")
+        check_not_negative(self, "adversarial", "contest", "warmup")
         check_counts(self, "every", "flow")
 
     def suits(self, student: Denoiser, teacher: Denoiser | None) -> None:
